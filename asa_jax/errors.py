@@ -1,0 +1,29 @@
+"""Errors a user can cause and put right, each one line that names the field or file and what to do."""
+
+
+class UserError(Exception):
+    """An error caused by the user's input; commands print its single line and exit with `exit_code`."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        """Keeps the message on a single line.
+
+        Args:
+            message: what is wrong, where (field, file, offset) and what to do.
+        """
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(UserError):
+    """A wrong flag, config field or combination of them: found before any work starts."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Text, tokenizer or token shards that cannot be used as they are."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, missing or made for something else."""
