@@ -1,0 +1,1 @@
+"""Alternating Sparse Attention (ASA) language models: model, data, training, decoding, evaluation."""

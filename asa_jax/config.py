@@ -1,0 +1,350 @@
+"""Run configuration: frozen dataclasses, checked when they are made.
+
+`configs/*.py` hold `ml_collections.ConfigDict`s that the command line can override. `config_from_dict`
+converts one to a `Config` once; nothing behind it sees a ConfigDict. Every error is one line that
+names the field, its value and what is allowed.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from asa_jax.errors import ConfigError
+
+LAYER_KINDS = ("full", "mla", "sliding", "local", "global", "nsa")
+NSA_BRANCHES = ("compression", "selection", "window")
+LATENT_KINDS = ("mla", "local", "global")
+SPARSE_KINDS = ("global", "nsa")
+
+
+def require(condition: bool, field: str, value: object, requirement: str) -> None:
+    """Raises a ConfigError that names `field` and its value unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"config.{field} = {value!r}: must be {requirement}")
+
+
+def _require_choice(section: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{section}.{name}", value, f"one of {', '.join(choices)}")
+
+
+def _require_range(section: str, obj: Any, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(obj, name)
+        require(value >= minimum, f"{section}.{name}", value, f"at least {minimum}")
+
+
+def _require_positive(section: str, obj: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(obj, name)
+        require(value > 0, f"{section}.{name}", value, "positive")
+
+
+def _require_multiple(section: str, obj: Any, name: str, divisor: str) -> None:
+    value, by = getattr(obj, name), getattr(obj, divisor)
+    require(value % by == 0, f"{section}.{name}", value, f"a multiple of {section}.{divisor} = {by}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Architecture; head sizes, windows and blocks in tokens or features."""
+
+    vocab_size: int
+    hidden_size: int
+    mlp_size: int
+    layer_kinds: tuple[str, ...]
+    num_heads: int
+    # full, sliding, nsa
+    num_kv_heads: int
+    head_dim: int
+    # sliding, local, nsa
+    window_size: int
+    # mla, local, global; q_lora_rank 0 means a full-rank query projection
+    kv_lora_rank: int
+    q_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    # global: latents of group_kv_lora_rank features, each serving num_heads / num_latent_groups heads
+    num_latent_groups: int
+    group_kv_lora_rank: int
+    # global, nsa
+    compression_block_size: int
+    compression_stride: int
+    selection_block_size: int
+    num_selected_blocks: int
+    queries_per_selection: int
+    # nsa
+    nsa_branches: tuple[str, ...]
+    nsa_share_kv: bool
+    nsa_compression: str
+    # all kinds
+    rope_theta: float
+    norm_epsilon: float
+    init_stddev: float
+    tie_embeddings: bool
+    compute_dtype: str
+    remat: str
+    scan_layers: bool
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model", self, "vocab_size", "hidden_size", "mlp_size", "num_heads", "num_kv_heads",
+            "head_dim", "window_size", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+            "v_head_dim", "num_latent_groups", "group_kv_lora_rank", "compression_block_size",
+            "compression_stride", "selection_block_size", "queries_per_selection", "rope_theta",
+            "norm_epsilon", "init_stddev",
+        )  # fmt: skip
+        _require_range("model", self, 0, "q_lora_rank")
+        # The first, the previous and the own block are always selected.
+        _require_range("model", self, 3, "num_selected_blocks")
+        require(bool(self.layer_kinds), "model.layer_kinds", self.layer_kinds, "at least one layer")
+        for kind in self.layer_kinds:
+            _require_choice("model", "layer_kinds", kind, LAYER_KINDS)
+        require(bool(self.nsa_branches), "model.nsa_branches", self.nsa_branches, "not empty")
+        for branch in self.nsa_branches:
+            _require_choice("model", "nsa_branches", branch, NSA_BRANCHES)
+        require(
+            "selection" not in self.nsa_branches or "compression" in self.nsa_branches,
+            "model.nsa_branches", self.nsa_branches, "with compression, whose scores select blocks",
+        )  # fmt: skip
+        _require_choice("model", "nsa_compression", self.nsa_compression, ("mean", "mlp"))
+        _require_choice("model", "compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        _require_choice("model", "remat", self.remat, ("none", "dots", "full"))
+        _require_multiple("model", self, "num_heads", "num_kv_heads")
+        _require_multiple("model", self, "num_heads", "num_latent_groups")
+        for name in ("head_dim", "qk_rope_head_dim"):
+            value = getattr(self, name)
+            require(value % 2 == 0, f"model.{name}", value, "even (rotary embedding)")
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        _require_multiple("model", self, "compression_block_size", "compression_stride")
+        _require_multiple("model", self, "selection_block_size", "compression_stride")
+        _require_multiple("model", self, "selection_block_size", "queries_per_selection")
+        size = self.selection_block_size
+        require(
+            self.compression_block_size <= size, "model.compression_block_size",
+            self.compression_block_size, f"at most model.selection_block_size = {size}",
+        )  # fmt: skip
+        if "global" in self.layer_kinds:
+            same = self.compression_block_size == self.compression_stride == size
+            require(
+                same, "model.compression_block_size", self.compression_block_size,
+                "equal to compression_stride and selection_block_size where a layer is 'global'",
+            )  # fmt: skip
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_kinds)
+
+    @property
+    def alignment(self) -> int:
+        """Tokens to which packed documents are aligned: the selection block."""
+        return self.selection_block_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Token folders made by `python -m asa_jax.data.prepare`, and how they become batches."""
+
+    sources: tuple[str, ...]
+    weights: tuple[float, ...]
+    sequence_length: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        require(bool(self.sources), "data.sources", self.sources, "at least one token folder")
+        require(
+            len(self.weights) == len(self.sources), "data.weights", self.weights,
+            f"one weight for each of the {len(self.sources)} data.sources",
+        )  # fmt: skip
+        require(all(w > 0 for w in self.weights), "data.weights", self.weights, "positive")
+        _require_positive("data", self, "sequence_length", "batch_size")
+        _require_range("data", self, 0, "seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule; steps are optimizer steps."""
+
+    name: str
+    learning_rate: float
+    adam_learning_rate: float
+    final_learning_rate_ratio: float
+    schedule: str
+    warmup_steps: int
+    decay_fraction: float
+    b1: float
+    b2: float
+    epsilon: float
+    weight_decay: float
+    clip_norm: float
+    accumulation_steps: int
+
+    def __post_init__(self) -> None:
+        _require_choice("optimizer", "name", self.name, ("adamw", "muon"))
+        _require_choice("optimizer", "schedule", self.schedule, ("cosine", "wsd", "constant"))
+        _require_positive(
+            "optimizer", self, "learning_rate", "adam_learning_rate", "epsilon", "clip_norm",
+            "accumulation_steps",
+        )  # fmt: skip
+        _require_range("optimizer", self, 0, "warmup_steps", "weight_decay")
+        for name in ("final_learning_rate_ratio", "decay_fraction"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"optimizer.{name}", value, "between 0 and 1")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length of a run and what it does on the way; 0 switches a periodic action off."""
+
+    steps: int
+    seed: int
+    log_every_steps: int
+    eval_every_steps: int
+    eval_batches: int
+    checkpoint_every_steps: int
+    keep_checkpoints: int
+    max_nonfinite_steps: int
+    loss_chunk_tokens: int
+    profile_start_step: int
+    profile_steps: int
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "training", self, "steps", "log_every_steps", "eval_batches", "max_nonfinite_steps",
+            "loss_chunk_tokens", "checkpoint_every_steps",
+        )  # fmt: skip
+        # One step is always complete while another is being written or deleted.
+        _require_range("training", self, 2, "keep_checkpoints")
+        _require_range(
+            "training", self, 0, "seed", "eval_every_steps", "profile_start_step", "profile_steps"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 on one axis takes what the others leave."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    context: int
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            require(size > 0 or size == -1, f"mesh.{name}", size, "positive, or -1 for the rest")
+        rest = [name for name, size in sizes.items() if size == -1]
+        require(len(rest) <= 1, "mesh", sizes, "at most one -1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What `eval.py` measures; lengths in tokens."""
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    samples: int
+    batch_size: int
+    position_bucket_tokens: int
+    max_batches: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "evaluation", self, "samples", "batch_size", "position_bucket_tokens", "max_batches"
+        )
+        _require_range("evaluation", self, 0, "seed")
+        require(
+            all(length > 0 for length in self.lengths), "evaluation.lengths", self.lengths, "positive"
+        )
+        require(
+            all(0 <= depth <= 1 for depth in self.depths),
+            "evaluation.depths", self.depths, "between 0 (start of the context) and 1 (its end)",
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run; fields that depend on one another are checked here."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    mesh: MeshConfig
+    evaluation: EvaluationConfig
+
+    def __post_init__(self) -> None:
+        length, alignment = self.data.sequence_length, self.model.alignment
+        require(
+            length % alignment == 0, "data.sequence_length", length,
+            f"a multiple of model.selection_block_size = {alignment}",
+        )  # fmt: skip
+        rows, parts = self.data.batch_size, self.optimizer.accumulation_steps
+        require(
+            rows % parts == 0, "data.batch_size", rows,
+            f"a multiple of optimizer.accumulation_steps = {parts}",
+        )  # fmt: skip
+        steps, warmup = self.training.steps, self.optimizer.warmup_steps
+        require(
+            warmup <= steps, "optimizer.warmup_steps", warmup,
+            f"at most training.steps = {steps}",
+        )  # fmt: skip
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """Makes a checked `Config` from nested mappings, as a ConfigDict or a run's config.json holds.
+
+    Args:
+        values: every field of every section, and nothing else.
+
+    Returns:
+        The frozen configuration.
+
+    Raises:
+        ConfigError: a field is missing, unknown, ill-typed, not finite or out of range.
+    """
+    return _build(Config, values, "config")
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Returns `config` as nested plain values that JSON can hold and `config_from_dict` takes."""
+    return dataclasses.asdict(config)
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} = {values!r}: must be a section with fields")
+    hints = typing.get_type_hints(cls)
+    unknown, missing = sorted(set(values) - set(hints)), sorted(set(hints) - set(values))
+    if unknown:
+        raise ConfigError(f"{path}.{unknown[0]}: unknown field; known are {', '.join(sorted(hints))}")
+    if missing:
+        raise ConfigError(f"{path}.{missing[0]}: missing")
+    return cls(**{name: _convert(values[name], hint, f"{path}.{name}") for name, hint in hints.items()})
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple | list):
+            raise ConfigError(f"{path} = {value!r}: must be a tuple")
+        element = typing.get_args(hint)[0]
+        return tuple(_convert(item, element, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{path} = {value!r}: must be of type {hint.__name__}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{path} = {value!r}: must be finite")
+    return value

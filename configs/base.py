@@ -1,0 +1,98 @@
+"""Every field of a run, once, with the value that the 340M models share; other configs override."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "model": {
+                "vocab_size": 32000,
+                "hidden_size": 1024,
+                "mlp_size": 2816,
+                "layer_kinds": ("full",) * 24,
+                "num_heads": 16,
+                # full, sliding, nsa
+                "num_kv_heads": 4,
+                "head_dim": 64,
+                # sliding, local, nsa
+                "window_size": 512,
+                # mla, local, global
+                "kv_lora_rank": 256,
+                "q_lora_rank": 0,
+                "qk_nope_head_dim": 64,
+                "qk_rope_head_dim": 32,
+                "v_head_dim": 64,
+                # global
+                "num_latent_groups": 2,
+                "group_kv_lora_rank": 128,
+                # global, nsa
+                "compression_block_size": 16,
+                "compression_stride": 16,
+                "selection_block_size": 16,
+                "num_selected_blocks": 64,
+                "queries_per_selection": 4,
+                # nsa
+                "nsa_branches": ("compression", "selection", "window"),
+                "nsa_share_kv": False,
+                "nsa_compression": "mean",
+                # all kinds
+                "rope_theta": 10000.0,
+                "norm_epsilon": 1e-6,
+                "init_stddev": 0.02,
+                "tie_embeddings": False,
+                "compute_dtype": "bfloat16",
+                "remat": "full",
+                "scan_layers": True,
+            },
+            "data": {
+                "sources": ("tokens",),
+                "weights": (1.0,),
+                "sequence_length": 8192,
+                "batch_size": 64,
+                "seed": 0,
+            },
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 3e-4,
+                # With Muon: the rate of what is not a matrix (embeddings, norms).
+                "adam_learning_rate": 3e-4,
+                "final_learning_rate_ratio": 0.1,
+                "schedule": "cosine",
+                "warmup_steps": 1024,
+                # With the wsd schedule: the share of steps that decay at the end.
+                "decay_fraction": 0.2,
+                "b1": 0.9,
+                "b2": 0.95,
+                "epsilon": 1e-8,
+                "weight_decay": 0.1,
+                "clip_norm": 1.0,
+                "accumulation_steps": 1,
+            },
+            "training": {
+                "steps": 28_600,
+                "seed": 0,
+                "log_every_steps": 10,
+                "eval_every_steps": 1000,
+                "eval_batches": 16,
+                "checkpoint_every_steps": 500,
+                "keep_checkpoints": 3,
+                "max_nonfinite_steps": 10,
+                "loss_chunk_tokens": 2048,
+                # 0 steps: no profile is taken.
+                "profile_start_step": 10,
+                "profile_steps": 0,
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1},
+            "evaluation": {
+                "tasks": ("perplexity", "retrieval", "recall"),
+                "lengths": (1024, 2048, 4096, 8192),
+                "depths": (0.0, 0.25, 0.5, 0.75, 1.0),
+                "samples": 50,
+                "batch_size": 8,
+                "position_bucket_tokens": 1024,
+                "max_batches": 64,
+                "seed": 0,
+            },
+        }
+    )
