@@ -1,0 +1,49 @@
+"""Entry point of sliding_window_attention."""
+
+import jax
+
+from pallas_kernels import arguments, dispatch
+from pallas_kernels.sliding_window_attention import reference
+
+
+def sliding_window_attention(
+    query: jax.Array,  # [B, T, N, H]
+    key: jax.Array,  # [B, T, K, H]
+    value: jax.Array | None,  # [B, T, K, h]
+    *,
+    window_size: int,
+    value_dim: int | None = None,
+    segment_ids: jax.Array | None = None,  # [B, T]
+    scale: float | None = None,
+    implementation: dispatch.Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:  # [B, T, N, h], [B, T, N]
+    """Attends from each token to the last `window_size` tokens of its document, itself included.
+
+    o_t = sum_{t-w < s <= t} softmax_s(scale * q_t . k_s) v_s; a window of T tokens or more is full causal attention.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, T, K, H]; K divides N, query head n reads key head n // (N // K).
+      value: [B, T, K, h], or None: the first `value_dim` numbers of each key.
+      window_size: Tokens a token sees, at least 1.
+      value_dim: h, needed where value is None.
+      segment_ids: int32 [B, T], document of each token, 0 = padding; None = one document a row.
+      scale: Factor of the scores; None = 1 / sqrt(H).
+      implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
+
+    Returns:
+      Output [B, T, N, h] in query's dtype and log-sum-exp of the scores [B, T, N], at least float32. A row that
+      sees no key (padding) has output 0, lse -inf and finite gradients.
+
+    Raises:
+      ValueError: An argument has a wrong shape, type or size.
+      NotImplementedError: The implementation asked for cannot take the call.
+    """
+    arguments.check_query_key(query, key, query.shape[1])
+    arguments.check_value(key, value, value_dim)
+    arguments.check_positive(window_size=window_size)
+    arguments.check_segment_ids(segment_ids, query)
+    dispatch.resolve("sliding_window_attention", implementation)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    value = key[..., :value_dim] if value is None else value
+    return reference.sliding_window_attention(query, key, value, window_size, segment_ids, scale)
