@@ -1,0 +1,1 @@
+"""Text to token shards (`prepare`), and token shards to packed batches (`pipeline`)."""
