@@ -17,6 +17,12 @@ LAYER_KINDS = ("full", "mla", "sliding", "local", "global", "nsa")
 NSA_BRANCHES = ("compression", "selection", "window")
 LATENT_KINDS = ("mla", "local", "global")
 SPARSE_KINDS = ("global", "nsa")
+EVALUATION_TASKS = (
+    "perplexity", "single_noise", "single_text", "single_uuid", "multi_key", "multi_value",
+    "multi_query", "variable_tracking", "frequent_words", "associative_recall", "key_value",
+)  # fmt: skip
+# Rotary positions have no end; beyond this a length is a slip of the keyboard.
+MAX_EVALUATION_TOKENS = 2**20
 
 
 def require(condition: bool, field: str, value: object, requirement: str) -> None:
@@ -43,7 +49,9 @@ def _require_positive(section: str, obj: Any, *names: str) -> None:
 
 def _require_multiple(section: str, obj: Any, name: str, divisor: str) -> None:
     value, by = getattr(obj, name), getattr(obj, divisor)
-    require(value % by == 0, f"{section}.{name}", value, f"a multiple of {section}.{divisor} = {by}")
+    require(
+        value % by == 0, f"{section}.{name}", value, f"a multiple of {section}.{divisor} = {by}"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,25 +255,36 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What `eval.py` measures; lengths in tokens."""
+    """What `eval.py` measures; lengths in tokens.
+
+    `samples` counts each pair of length and depth, `perplexity_tokens` bounds each text and length,
+    and `batch_tokens` each forward pass.
+    """
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     samples: int
-    batch_size: int
+    batch_tokens: int
+    perplexity_tokens: int
     position_bucket_tokens: int
-    max_batches: int
     seed: int
 
     def __post_init__(self) -> None:
         _require_positive(
-            "evaluation", self, "samples", "batch_size", "position_bucket_tokens", "max_batches"
-        )
+            "evaluation", self, "samples", "batch_tokens", "perplexity_tokens",
+            "position_bucket_tokens",
+        )  # fmt: skip
         _require_range("evaluation", self, 0, "seed")
-        require(
-            all(length > 0 for length in self.lengths), "evaluation.lengths", self.lengths, "positive"
-        )
+        for task in self.tasks:
+            _require_choice("evaluation", "tasks", task, EVALUATION_TASKS)
+        require(bool(self.lengths), "evaluation.lengths", self.lengths, "at least one length")
+        for length in self.lengths:
+            require(
+                1 < length <= MAX_EVALUATION_TOKENS,
+                "evaluation.lengths", length, f"from 2 to {MAX_EVALUATION_TOKENS}",
+            )  # fmt: skip
+        require(bool(self.depths), "evaluation.depths", self.depths, "at least one depth")
         require(
             all(0 <= depth <= 1 for depth in self.depths),
             "evaluation.depths", self.depths, "between 0 (start of the context) and 1 (its end)",
@@ -327,10 +346,14 @@ def _build(cls: type, values: Any, path: str) -> Any:
     hints = typing.get_type_hints(cls)
     unknown, missing = sorted(set(values) - set(hints)), sorted(set(hints) - set(values))
     if unknown:
-        raise ConfigError(f"{path}.{unknown[0]}: unknown field; known are {', '.join(sorted(hints))}")
+        raise ConfigError(
+            f"{path}.{unknown[0]}: unknown field; known are {', '.join(sorted(hints))}"
+        )
     if missing:
         raise ConfigError(f"{path}.{missing[0]}: missing")
-    return cls(**{name: _convert(values[name], hint, f"{path}.{name}") for name, hint in hints.items()})
+    return cls(
+        **{name: _convert(values[name], hint, f"{path}.{name}") for name, hint in hints.items()}
+    )
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
