@@ -1,0 +1,173 @@
+"""Command lines: `--config` and `--workdir`, checked before jax is imported, and one-line errors.
+
+A command parses its flags first and imports the heavy libraries after, so that a wrong flag is told
+at once:
+
+    if __name__ == "__main__":
+        CONFIG, WORKDIR = parse_run_flags()
+
+    import jax
+    ...
+    if __name__ == "__main__":
+        run(lambda: main(CONFIG, WORKDIR))
+"""
+
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from asa_jax.config import Config, config_from_dict
+from asa_jax.errors import ConfigError, UserError
+
+PROJECT = Path(__file__).resolve().parent.parent
+CONFIGS = PROJECT / "configs"
+
+# Failures of the machine, not of the program: told in one line.
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def parse_run_flags() -> tuple[Config, Path]:
+    """Parses the command line of a command that works on a run: `--config` and `--workdir`.
+
+    Returns:
+        The checked configuration and the run directory, which need not exist yet. Exits with code 2
+        and one line on stderr where a flag is wrong.
+    """
+    flags.DEFINE_string("workdir", None, "run directory: checkpoints, metrics, plots")
+    return _exit_on_error(lambda: (_parse_config(), _workdir()))
+
+
+def parse_config_flag() -> Config:
+    """Parses the command line of a command that needs `--config` alone; errors as above."""
+    return _exit_on_error(_parse_config)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command and exits: its user errors become one line on stderr and their exit code.
+
+    Args:
+        main: the command; returns its exit code, None for 0.
+    """
+    code = _guarded(main)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+    sys.exit(code)
+
+
+def _guarded(main: Callable[[], int | None]) -> int:
+    try:
+        return main() or 0
+    except UserError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        _discard_output()
+        return 1
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _discard_output() -> None:
+    """Lets the interpreter flush a closed stdout at exit without a complaint."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _exit_on_error[T](parse: Callable[[], T]) -> T:
+    """Calls `parse`; whatever parsing raises becomes one line and exit code 2."""
+    try:
+        return parse()
+    except SystemExit:
+        sys.exit(0)  # --help, for which absl exits with 1
+    except UserError as error:
+        message = str(error)
+    except Exception as error:
+        # Config files run as code and absl wraps their tracebacks; the last line is the reason.
+        message = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+    sys.exit(_fail(message, ConfigError.exit_code))
+
+
+def _parse_config() -> Config:
+    """Defines `--config`, parses the command line and converts what it gives."""
+    config_flags.DEFINE_config_file("config", None, "configs/NAME.py, or configs/NAME.py:ARM")
+    flag = flags.FLAGS["config"]
+    flag.parser = _ProjectConfigs(flag.parser)
+    app.define_help_flags()
+    stray = flags.FLAGS(sys.argv)[1:]
+    if stray:
+        raise ConfigError(f"{stray[0]!r}: unexpected argument; flags look like --name=value")
+    values: ConfigDict | None = flags.FLAGS.config
+    if values is None:
+        names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.py")))
+        raise ConfigError(f"--config: missing; give --config=configs/NAME.py, one of {names}")
+    return config_from_dict(values.to_dict())
+
+
+def _workdir() -> Path:
+    if not flags.FLAGS.workdir:
+        raise ConfigError("--workdir: missing; give a run directory, such as --workdir=runs/tiny")
+    workdir = Path(flags.FLAGS.workdir).expanduser()
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"--workdir={workdir}: is not a directory")
+    return workdir
+
+
+class _ProjectConfigs(flags.ArgumentParser[Any]):
+    """Loads config files, which run as code, from `configs/` alone."""
+
+    def __init__(self, loader: flags.ArgumentParser[Any]) -> None:
+        self._loader = loader
+
+    def parse(self, path: Any) -> Any:
+        """Returns what `get_config` of the file gives.
+
+        Args:
+            path: path relative to the project, or absolute; text behind a colon goes to
+              `get_config` and picks an arm.
+
+        Raises:
+            ConfigError: the file lies elsewhere or does not exist.
+        """
+        name, colon, arm = path.partition(":")
+        file = (PROJECT / name).resolve()
+        if not file.is_relative_to(CONFIGS):
+            raise ConfigError(f"--config={name}: must lie in {CONFIGS}")
+        if not file.is_file():
+            raise ConfigError(f"--config={name}: no such file in {CONFIGS}")
+        values = self._loader.parse(f"{file}{colon}{arm}")
+        for argument in sys.argv:
+            if field := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+                _check_field(values, field[1])
+        return values
+
+
+def _check_field(values: ConfigDict, field: str) -> None:
+    """Raises a ConfigError that names what to choose from where `field` does not exist."""
+    section: Any = values
+    for name in field.split("."):
+        known = sorted(section) if isinstance(section, ConfigDict) else []
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = (
+                f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
+            )
+            raise ConfigError(f"--config.{field}: unknown field {name!r}; {hint}")
+        section = section[name]
