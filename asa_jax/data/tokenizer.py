@@ -14,11 +14,11 @@ from asa_jax.errors import ConfigError, DataError
 
 BYTES = "bytes"
 MAX_TOKENIZER_BYTES = 128 * 2**20
-# The ends of a document in GPT-2 and Qwen, Llama 3, DeepSeek, Llama 2 and Mistral, Gemma, BERT-likes.
+# How GPT-2 and Qwen, Llama 3, DeepSeek, Llama 2 and Mistral, Gemma and BERT end a document.
 END_OF_DOCUMENT_NAMES = (
     "<|endoftext|>",
     "<|end_of_text|>",
-    "<｜end▁of▁sentence｜>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
     "</s>",
     "<eos>",
     "[EOS]",
@@ -64,7 +64,7 @@ class ByteTokenizer:
     end_of_document_id = 256
     end_of_document = "<|endoftext|>"
     fingerprint = BYTES
-    source = None
+    source: str | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -102,15 +102,19 @@ class JsonTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.source = source
+        self.source: str | None = source
         self.fingerprint = hashlib.sha256(source.encode()).hexdigest()
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         self.end_of_document = self._find_end_of_document(name, end_of_document)
-        self.end_of_document_id = self._tokenizer.token_to_id(self.end_of_document)
+        self.end_of_document_id = self._id(self.end_of_document)
+
+    def _id(self, token: str) -> int:
+        index = self._tokenizer.token_to_id(token)
+        return -1 if index is None else index
 
     def _find_end_of_document(self, name: str, wanted: str | None) -> str:
         for candidate in END_OF_DOCUMENT_NAMES if wanted is None else (wanted,):
-            if self._tokenizer.token_to_id(candidate) is not None:
+            if self._id(candidate) >= 0:
                 return candidate
         if wanted is not None:
             raise ConfigError(f"{name}: has no token {wanted!r} (--end-of-document)")
@@ -141,7 +145,7 @@ class JsonTokenizer:
         byte as one character; for others, what the token adds when it is decoded after another.
         """
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
-        if _is_byte_level(json.loads(self.source).get("decoder")):
+        if _is_byte_level(json.loads(self._tokenizer.to_str())["decoder"]):
             known = {index: len(token) for token, index in vocabulary.items()}
         else:
             known = self._decoded_lengths(vocabulary)

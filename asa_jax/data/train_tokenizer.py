@@ -1,6 +1,7 @@
 """Trains a byte-level BPE tokenizer on text.
 
-python -m asa_jax.data.train_tokenizer --input 'texts/train/*' --vocab-size 4096 --output texts/tokenizer.json
+python -m asa_jax.data.train_tokenizer --input 'texts/train/*' --vocab-size 4096 \\
+    --output texts/tokenizer.json
 """
 
 import argparse
@@ -64,13 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for record in read_documents(path, options.text_field)
     )
     tokenizer = train_tokenizer(texts, options.vocab_size)
-    if tokenizer.get_vocab_size() < options.vocab_size:
-        raise DataError(
-            f"the input gives only {tokenizer.get_vocab_size()} tokens: lower --vocab-size or add text"
-        )
+    learned = tokenizer.get_vocab_size()
+    if learned < options.vocab_size:
+        raise DataError(f"the text gives only {learned} tokens: add text or lower --vocab-size")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(options.output), pretty=False)
-    print(f"{options.output}: {tokenizer.get_vocab_size()} tokens")
+    print(f"{options.output}: {learned} tokens")
 
 
 if __name__ == "__main__":
