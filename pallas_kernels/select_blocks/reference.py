@@ -62,7 +62,6 @@ def select_blocks(
     batch, length, num_heads, _ = query.shape
     num_kv_heads = key.shape[2]
     num_blocks = -(-length // block_size)
-    block = jnp.arange(num_blocks, dtype=jnp.int32)
 
     def choose(query, lse, positions, segments, starts):
         scores = attention_scores(split_heads(query, num_kv_heads), key, scale)
@@ -83,16 +82,13 @@ def select_blocks(
             compression_block_size=compression_block_size,
             compression_stride=compression_stride,
         )
-        own = (positions // block_size)[:, None, :, None]
-        first = 0 if starts is None else (starts // block_size)[:, None, :, None]
-        admissible = (first <= block) & (block <= own)
+        own = positions // block_size
         if segments is not None:
-            admissible &= (segments > 0)[:, None, :, None]
-        # Distinct ranks: a list too short for all three keeps the nearest.
-        forced = [block == own, block == own - 1, block == first]
-        importance = jnp.select(forced, [jnp.inf, 2e30, 1e30], importance)
-        importance = jnp.where(admissible, importance, -jnp.inf)
-        return largest(importance, num_selected_blocks).transpose(0, 2, 1, 3)
+            own = jnp.where(segments > 0, own, -1)
+        first = jnp.zeros_like(own) if starts is None else starts // block_size
+        own, first = (x[:, None, :, None] for x in (own, first))
+        chosen = choose_blocks(importance, own, first, num_selected_blocks)
+        return chosen.transpose(0, 2, 1, 3)
 
     every = slice(None, None, queries_per_selection)
     arrays = (
@@ -104,6 +100,28 @@ def select_blocks(
     )
     chunk_size = chunking.rows_per_chunk(batch * num_heads * max(key.shape[1], num_blocks))
     return chunking.map_chunks(choose, arrays, chunk_size)
+
+
+def choose_blocks(
+    importance: jax.Array, own: jax.Array, first: jax.Array, count: int
+) -> jax.Array:
+    """The own block, the one before it, the first, and then the most important in between.
+
+    Args:
+      importance: [..., number of blocks].
+      own: int [..., 1], the block of the query; -1 for a query of padding, which gets no block.
+      first: int [..., 1], the first block of its document.
+      count: Length of the list, L.
+
+    Returns:
+      int32 [..., L], ascending, then -1; equal importance goes to the lower index.
+    """
+    block = jnp.arange(importance.shape[-1], dtype=jnp.int32)
+    # Distinct ranks: a list too short for all three keeps the nearest.
+    forced = [block == own, block == own - 1, block == first]
+    ranked = jnp.select(forced, [jnp.inf, 2e30, 1e30], importance)
+    ranked = jnp.where((first <= block) & (block <= own), ranked, -jnp.inf)
+    return largest(ranked, count)
 
 
 def largest(values: jax.Array, count: int) -> jax.Array:

@@ -1,0 +1,95 @@
+"""Pooling of blocks, and block selection for one new token over a cache."""
+
+import jax
+import jax.numpy as jnp
+
+from asa_jax.config import ModelConfig
+from pallas_kernels.blocks import number_of_blocks
+from pallas_kernels.select_blocks.reference import block_importance, choose_blocks
+
+
+def cut_blocks(x: jax.Array, block_size: int, stride: int) -> jax.Array:
+    """The complete blocks of [B, T, ...], one every `stride` tokens: [B, C, block_size, ...]."""
+    count = number_of_blocks(x.shape[1], block_size, stride)
+    if block_size == stride:
+        return x[:, : count * stride].reshape(x.shape[0], count, stride, *x.shape[2:])
+    index = stride * jnp.arange(count)[:, None] + jnp.arange(block_size)
+    return jnp.take(x, index, axis=1)
+
+
+def pool_blocks(x: jax.Array, block_size: int, stride: int) -> jax.Array:
+    """Means of the complete blocks of [B, T, ...], one every `stride` tokens: [B, C, ...]."""
+    return block_mean(cut_blocks(x, block_size, stride), axis=2)
+
+
+def block_mean(blocks: jax.Array, axis: int) -> jax.Array:
+    """Mean over the tokens of a block, summed in at least float32, in the dtype of the blocks."""
+    wide = jnp.promote_types(blocks.dtype, jnp.float32)
+    return jnp.mean(blocks, axis=axis, dtype=wide).astype(blocks.dtype)
+
+
+def completed_block(position: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Which compression block ends at `position` [B]: its number, and whether one does."""
+    beyond = position + 1 - cfg.compression_block_size
+    completes = (beyond >= 0) & (beyond % cfg.compression_stride == 0)
+    return beyond // cfg.compression_stride, completes
+
+
+def visible_blocks(position: jax.Array, num_blocks: int, cfg: ModelConfig) -> jax.Array:
+    """Compression blocks that are complete at `position` [B]: bool [B, C]."""
+    ends = cfg.compression_stride * jnp.arange(num_blocks) + cfg.compression_block_size - 1
+    return ends <= position[:, None]
+
+
+def update_selection(
+    probabilities: jax.Array, position: jax.Array, block_indices: jax.Array, cfg: ModelConfig
+) -> jax.Array:
+    """The blocks to attend to at `position`: a new list for the first query of a group only.
+
+    Args:
+        probabilities: compressed attention of the token, float32 [B, K, G, C].
+        position: int [B].
+        block_indices: int32 [B, K, L], the list of the previous token.
+        cfg: sizes of blocks and lists.
+
+    Returns:
+        int32 [B, K, L], ascending, -1 at the end.
+    """
+    per_block = cfg.selection_block_size // cfg.compression_stride
+    importance = block_importance(
+        probabilities,
+        num_blocks=probabilities.shape[-1] // per_block + 1,
+        block_size=cfg.selection_block_size,
+        compression_block_size=cfg.compression_block_size,
+        compression_stride=cfg.compression_stride,
+    )
+    own = (position // cfg.selection_block_size)[:, None, None]
+    fresh = choose_blocks(importance, own, jnp.zeros_like(own), cfg.num_selected_blocks)
+    starts_group = (position % cfg.queries_per_selection == 0)[:, None, None]
+    return jnp.where(starts_group, fresh, block_indices)
+
+
+def selected_tokens(
+    block_indices: jax.Array, position: jax.Array, block_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Positions of the tokens of the listed blocks, and which of them may be seen.
+
+    Args:
+        block_indices: int32 [B, K, L], -1 for none.
+        position: int [B], of the query.
+        block_size: tokens of a block.
+
+    Returns:
+        int [B, L * block_size, K] positions and bool of the same shape.
+    """
+    tokens = block_indices[..., None] * block_size + jnp.arange(block_size)
+    visible = (block_indices[..., None] >= 0) & (tokens <= position[:, None, None, None])
+    shape = (*block_indices.shape[:2], -1)
+    tokens, visible = jnp.maximum(tokens, 0).reshape(shape), visible.reshape(shape)
+    return jnp.moveaxis(tokens, 1, 2), jnp.moveaxis(visible, 1, 2)
+
+
+def last_selection(block_indices: jax.Array, lengths: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """The list [B, K, L] of the group that holds each prompt's last token, of [B, M, K, L]."""
+    rows = jnp.arange(block_indices.shape[0])
+    return block_indices[rows, (lengths - 1) // cfg.queries_per_selection]

@@ -1,0 +1,241 @@
+"""Compression and block selection over grouped latents: kind `global`, ASA's second half.
+
+Assembled from Grouped Latent Attention (arXiv 2505.21487) and NSA (arXiv 2502.11089). Latent group
+k serves the G = N / K query heads n of its group:
+
+    c^k_t  = RMSNorm(W^k_DKV x_t)  [R]          kR_t = RoPE(W_KR x_t)  [HR], shared by the groups
+    c~^k_j = mean of c^k over block j           kR~_j = mean of kR over block j
+    p_n    = softmax_j(q_n . [W_UK,n c~^k_j ; kR~_j] * scale)   over complete blocks
+    I^k    = first, previous, own block and the most important by sum over the group of p_n
+    o_n    = g^cmp_n W_UV,n sum_j p_nj c~^k_j + g^slc_n W_UV,n (attention over the tokens of I^k)
+
+The mean commutes with the up-projections, so latents are pooled. Training and decoding both use
+the absorbed form, q'_n = [W_UK,n^T qC_n ; qR_n] against latents: one fetch serves a whole group.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from asa_jax.config import ModelConfig
+from asa_jax.model.block_cache import (
+    block_mean,
+    completed_block,
+    last_selection,
+    pool_blocks,
+    selected_tokens,
+    update_selection,
+    visible_blocks,
+)
+from asa_jax.model.cached_attention import attend_cache, fill, write, write_if
+from asa_jax.model.latent_attention import DecoupledQuery
+from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
+from asa_jax.model.rope import rotate
+from pallas_kernels.blocks import number_of_blocks
+from pallas_kernels.compressed_attention import compressed_attention
+from pallas_kernels.select_blocks import select_blocks
+from pallas_kernels.selected_attention import selected_attention
+
+
+class GlobalCache(NamedTuple):
+    """Latents [B, S, K, R], rotated keys [B, S, HR], their block means, and the list in force."""
+
+    latent: jax.Array
+    rope_key: jax.Array
+    compressed_latent: jax.Array
+    compressed_rope_key: jax.Array
+    block_indices: jax.Array
+
+
+class GroupLatentAttention(nnx.Module):
+    """GLA with compression and selection; see the module's equations."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.cfg = cfg
+        size, rank, std = cfg.hidden_size, cfg.group_kv_lora_rank, cfg.init_stddev
+        groups, heads = cfg.num_latent_groups, cfg.num_heads
+        up_axes = ("latent", "heads", "head_dim")
+        self.query = DecoupledQuery(cfg, rngs=rngs)
+        self.down = Projection((size, groups, rank), ("embed", "groups", "latent"), std, rngs=rngs)
+        self.norm = RMSNorm(rank, cfg.norm_epsilon)
+        self.rope_key = Projection(
+            (size, cfg.qk_rope_head_dim), ("embed", "head_dim"), std, rngs=rngs
+        )
+        self.key_up = Projection((rank, heads, cfg.qk_nope_head_dim), up_axes, std, rngs=rngs)
+        self.value_up = Projection((rank, heads, cfg.v_head_dim), up_axes, std, rngs=rngs)
+        self.gates = Projection((size, heads, 2), ("embed", "heads", "gates"), std, rngs=rngs)
+        self.output = Projection(
+            (heads, cfg.v_head_dim, size), ("heads", "head_dim", "embed"), residual_stddev(cfg),
+            rngs=rngs,
+        )  # fmt: skip
+        self.scale = (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """Maps [B, T, D] to [B, T, D].
+
+        Args:
+            x: [B, T, D].
+            positions: int [B, T], from the start of each document.
+            segment_ids: int [B, T], 0 for padding; documents start at multiples of a block.
+
+        Returns:
+            [B, T, D].
+        """
+        query = self._absorb(*self.query(x, positions))
+        latent, rope_key = self._compress(x, positions)
+        compressed = self._pool(latent), self._pool(rope_key)
+        mixed, _ = self._attend(query, latent, rope_key, *compressed, segment_ids, self._gate(x))
+        return self._project_out(mixed)
+
+    def init_cache(self, batch: int, max_length: int, dtype: jnp.dtype) -> GlobalCache:
+        """An empty cache for rows of at most max_length tokens."""
+        cfg, groups = self.cfg, self.cfg.num_latent_groups
+        blocks = number_of_blocks(max_length, cfg.compression_block_size, cfg.compression_stride)
+        blocks = max(1, blocks)
+        return GlobalCache(
+            latent=jnp.zeros((batch, max_length, groups, cfg.group_kv_lora_rank), dtype),
+            rope_key=jnp.zeros((batch, max_length, cfg.qk_rope_head_dim), dtype),
+            compressed_latent=jnp.zeros((batch, blocks, groups, cfg.group_kv_lora_rank), dtype),
+            compressed_rope_key=jnp.zeros((batch, blocks, cfg.qk_rope_head_dim), dtype),
+            block_indices=jnp.full((batch, groups, cfg.num_selected_blocks), -1, jnp.int32),
+        )
+
+    def prefill(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        lengths: jax.Array,
+        cache: GlobalCache,
+    ) -> tuple[jax.Array, GlobalCache]:
+        """As `__call__` for prompts of `lengths` [B] tokens, and fills the cache with them."""
+        query = self._absorb(*self.query(x, positions))
+        latent, rope_key = self._compress(x, positions)
+        compressed = self._pool(latent), self._pool(rope_key)
+        mixed, block_indices = self._attend(
+            query, latent, rope_key, *compressed, segment_ids, self._gate(x)
+        )
+        cache = GlobalCache(
+            fill(cache.latent, latent),
+            fill(cache.rope_key, rope_key),
+            fill(cache.compressed_latent, compressed[0]),
+            fill(cache.compressed_rope_key, compressed[1]),
+            last_selection(block_indices, lengths, self.cfg),
+        )
+        return self._project_out(mixed), cache
+
+    def decode(
+        self, x: jax.Array, position: jax.Array, cache: GlobalCache
+    ) -> tuple[jax.Array, GlobalCache]:
+        """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
+        x, positions = x[:, None], position[:, None]
+        query = self._absorb(*self.query(x, positions))[:, 0]
+        latent, rope_key = self._compress(x, positions)
+        cache = cache._replace(
+            latent=write(cache.latent, position, latent[:, 0]),
+            rope_key=write(cache.rope_key, position, rope_key[:, 0]),
+        )
+        cache = self._complete_block(cache, position)
+        compressed, probabilities = attend_cache(
+            query,
+            _join(cache.compressed_latent, cache.compressed_rope_key[:, :, None]),
+            cache.compressed_latent,
+            visible_blocks(position, cache.compressed_latent.shape[1], self.cfg),
+            self.scale,
+        )
+        block_indices = update_selection(probabilities, position, cache.block_indices, self.cfg)
+        selected = self._attend_selected(query, cache, block_indices, position)
+        mixed = _mix(self._gate(x)[:, 0], compressed, selected)
+        return self._project_out(mixed[:, None])[:, 0], cache._replace(block_indices=block_indices)
+
+    def _gate(self, x: jax.Array) -> jax.Array:
+        return jax.nn.sigmoid(self.gates("BTD,DNE->BTNE", x))
+
+    def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        latent = self.norm(self.down("BTD,DKR->BTKR", x))
+        rope_key = self.rope_key("BTD,DH->BTH", x)
+        return latent, rotate(rope_key[:, :, None], positions, self.cfg.rope_theta)[:, :, 0]
+
+    def _pool(self, x: jax.Array) -> jax.Array:
+        return pool_blocks(x, self.cfg.compression_block_size, self.cfg.compression_stride)
+
+    def _absorb(self, nope: jax.Array, rope: jax.Array) -> jax.Array:
+        return jnp.concatenate([self.key_up("BTNH,RNH->BTNR", nope), rope], axis=-1)
+
+    def _project_out(self, mixed: jax.Array) -> jax.Array:
+        return self.output("BTNH,NHD->BTD", self.value_up("BTNR,RNH->BTNH", mixed))
+
+    def _attend(
+        self,
+        query: jax.Array,
+        latent: jax.Array,
+        rope_key: jax.Array,
+        compressed_latent: jax.Array,
+        compressed_rope_key: jax.Array,
+        segment_ids: jax.Array,
+        gates: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Gated sum of both branches over latents [B, T, N, R], and the lists [B, M, K, L]."""
+        rank = self.cfg.group_kv_lora_rank
+        key = _join(latent, rope_key[:, :, None])
+        compressed_key = _join(compressed_latent, compressed_rope_key[:, :, None])
+        compressed, lse = compressed_attention(
+            query, compressed_key, None, value_dim=rank, segment_ids=segment_ids, scale=self.scale,
+            block_size=self.cfg.compression_block_size, stride=self.cfg.compression_stride,
+        )  # fmt: skip
+        block_indices = self._select(query, compressed_key, lse, segment_ids)
+        selected, _ = selected_attention(
+            query, key, None, block_indices, value_dim=rank, segment_ids=segment_ids,
+            block_size=self.cfg.selection_block_size, scale=self.scale,
+            queries_per_selection=self.cfg.queries_per_selection,
+        )  # fmt: skip
+        return _mix(gates, compressed, selected), block_indices
+
+    def _select(
+        self, query: jax.Array, compressed_key: jax.Array, lse: jax.Array, segment_ids: jax.Array
+    ) -> jax.Array:
+        return select_blocks(
+            query, compressed_key, lse, segment_ids=segment_ids, scale=self.scale,
+            num_selected_blocks=self.cfg.num_selected_blocks,
+            block_size=self.cfg.selection_block_size,
+            compression_block_size=self.cfg.compression_block_size,
+            compression_stride=self.cfg.compression_stride,
+            queries_per_selection=self.cfg.queries_per_selection,
+        )  # fmt: skip
+
+    def _complete_block(self, cache: GlobalCache, position: jax.Array) -> GlobalCache:
+        """Appends the block means where a block ends at `position` [B]."""
+        block, completes = completed_block(position, self.cfg)
+        size = self.cfg.compression_block_size
+        start = jnp.maximum(position + 1 - size, 0)
+        rows = jnp.arange(position.shape[0])[:, None]
+        tokens = start[:, None] + jnp.arange(size)
+        latent = block_mean(cache.latent[rows, tokens], axis=1)
+        rope_key = block_mean(cache.rope_key[rows, tokens], axis=1)
+        return cache._replace(
+            compressed_latent=write_if(cache.compressed_latent, block, latent, completes),
+            compressed_rope_key=write_if(cache.compressed_rope_key, block, rope_key, completes),
+        )
+
+    def _attend_selected(
+        self, query: jax.Array, cache: GlobalCache, block_indices: jax.Array, position: jax.Array
+    ) -> jax.Array:
+        tokens, visible = selected_tokens(block_indices, position, self.cfg.selection_block_size)
+        latent = jnp.take_along_axis(cache.latent, tokens[..., None], axis=1)
+        rope_key = cache.rope_key[jnp.arange(tokens.shape[0])[:, None, None], tokens]
+        key = _join(latent, rope_key)
+        output, _ = attend_cache(query, key, latent, visible, self.scale)
+        return output
+
+
+def _join(latent: jax.Array, rope_key: jax.Array) -> jax.Array:
+    """Keys [..., K, R + HR]: latents followed by the rotated key, broadcast over the groups."""
+    rope_key = jnp.broadcast_to(rope_key, (*latent.shape[:-1], rope_key.shape[-1]))
+    return jnp.concatenate([latent, rope_key], axis=-1)
+
+
+def _mix(gates: jax.Array, compressed: jax.Array, selected: jax.Array) -> jax.Array:
+    """Gated sum [..., N, R] of the two branches, gates [..., N, 2]."""
+    return gates[..., :1] * compressed + gates[..., 1:] * selected

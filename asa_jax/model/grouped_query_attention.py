@@ -1,0 +1,100 @@
+"""Grouped-query attention, over the whole document or a sliding window: kinds `full`, `sliding`."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from asa_jax.config import ModelConfig
+from asa_jax.model.cached_attention import attend_cache, fill, fill_ring, ring_positions, write
+from asa_jax.model.causal_attention import causal_attention
+from asa_jax.model.layers import Projection, residual_stddev
+from asa_jax.model.rope import rotate
+from asa_jax.sharding import constrain
+from pallas_kernels.sliding_window_attention import sliding_window_attention
+
+
+class GroupedQueryCache(NamedTuple):
+    """Rotated keys and values [B, S, K, H]; S is the window size where there is a window."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class GroupedQueryAttention(nnx.Module):
+    """softmax(q k^T / sqrt(H)) v, N query heads over K key/value heads (arXiv 2305.13245)."""
+
+    def __init__(self, cfg: ModelConfig, window_size: int | None, *, rngs: nnx.Rngs) -> None:
+        self.cfg, self.window_size = cfg, window_size
+        into = (cfg.hidden_size, cfg.num_heads, cfg.head_dim)
+        kv = (2, cfg.hidden_size, cfg.num_kv_heads, cfg.head_dim)
+        std = cfg.init_stddev
+        self.query = Projection(into, ("embed", "heads", "head_dim"), std, rngs=rngs)
+        self.key_value = Projection(kv, ("pair", "embed", "kv_heads", "head_dim"), std, rngs=rngs)
+        self.output = Projection(
+            (*into[1:], into[0]), ("heads", "head_dim", "embed"), residual_stddev(cfg), rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
+        query, key, value = self._project(x, positions)
+        return self._attend(query, key, value, segment_ids)
+
+    def init_cache(self, batch: int, max_length: int, dtype: jnp.dtype) -> GroupedQueryCache:
+        """An empty cache for rows of at most max_length tokens."""
+        slots = max_length if self.window_size is None else min(self.window_size, max_length)
+        shape = (batch, slots, self.cfg.num_kv_heads, self.cfg.head_dim)
+        return GroupedQueryCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def prefill(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        lengths: jax.Array,
+        cache: GroupedQueryCache,
+    ) -> tuple[jax.Array, GroupedQueryCache]:
+        """As `__call__` for prompts of `lengths` [B] tokens, and fills the cache with them."""
+        query, key, value = self._project(x, positions)
+        if self.window_size is None:
+            cache = GroupedQueryCache(fill(cache.key, key), fill(cache.value, value))
+        else:
+            cache = GroupedQueryCache(
+                fill_ring(cache.key, key, lengths), fill_ring(cache.value, value, lengths)
+            )
+        return self._attend(query, key, value, segment_ids), cache
+
+    def decode(
+        self, x: jax.Array, position: jax.Array, cache: GroupedQueryCache
+    ) -> tuple[jax.Array, GroupedQueryCache]:
+        """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
+        query, key, value = self._project(x[:, None], position[:, None])
+        slots = cache.key.shape[1]
+        slot = position % slots
+        cache = GroupedQueryCache(
+            write(cache.key, slot, key[:, 0]), write(cache.value, slot, value[:, 0])
+        )
+        visible = ring_positions(position, slots) >= 0
+        output, _ = attend_cache(
+            query[:, 0], cache.key, cache.value, visible, self.cfg.head_dim**-0.5
+        )
+        return self.output("BNH,NHD->BD", output), cache
+
+    def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+        query = self.query("BTD,DNH->BTNH", x)
+        key, value = self.key_value("BTD,PDKH->PBTKH", x)
+        theta = self.cfg.rope_theta
+        query = constrain(query, "batch", "sequence", "heads", "head_dim")
+        return rotate(query, positions, theta), rotate(key, positions, theta), value
+
+    def _attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+    ) -> jax.Array:
+        if self.window_size is None:
+            output = causal_attention(query, key, value, segment_ids)
+        else:
+            output, _ = sliding_window_attention(
+                query, key, value, window_size=self.window_size, segment_ids=segment_ids
+            )
+        return self.output("BTNH,NHD->BTD", output)

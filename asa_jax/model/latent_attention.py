@@ -1,0 +1,163 @@
+"""Multi-head latent attention, over the whole document or a sliding window: kinds `mla`, `local`.
+
+DeepSeek-V2 (arXiv 2405.04434), equations 9 to 19:
+
+    c_t     = RMSNorm(W_DKV x_t)             [R]    the cached latent
+    kR_t    = RoPE(W_KR x_t)                 [HR]   one rotated key a token, shared by the heads
+    k_{t,n} = [W_UK,n c_t ; kR_t]            v_{t,n} = W_UV,n c_t
+    q_{t,n} = [qC_{t,n} ; RoPE(qR_{t,n})]    from x_t, or from a latent RMSNorm(W_DQ x_t)
+    o_{t,n} = sum_j softmax_j(q_{t,n} . k_{j,n} / sqrt(HC + HR)) v_{j,n}
+
+Absorbed form, the same numbers: q'_n = W_UK,n^T qC_n scores latents directly, and W_UV,n is applied
+to the weighted sum of latents. Training expands the keys, decoding absorbs.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from asa_jax.config import ModelConfig
+from asa_jax.model.cached_attention import attend_cache, fill, fill_ring, ring_positions, write
+from asa_jax.model.causal_attention import causal_attention
+from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
+from asa_jax.model.rope import rotate
+from asa_jax.sharding import constrain
+from pallas_kernels.sliding_window_attention import sliding_window_attention
+
+
+class LatentCache(NamedTuple):
+    """Latents [B, S, R] and rotated keys [B, S, HR]; S is the window size if there is a window."""
+
+    latent: jax.Array
+    rope_key: jax.Array
+
+
+class DecoupledQuery(nnx.Module):
+    """Queries with a position-free and a rotated part, full rank or through a latent."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.cfg = cfg
+        std, size, rank = cfg.init_stddev, cfg.hidden_size, cfg.q_lora_rank
+        if rank:
+            self.down = Projection((size, rank), ("embed", "latent"), std, rngs=rngs)
+            self.norm = RMSNorm(rank, cfg.norm_epsilon)
+        size, axis = (rank, "latent") if rank else (size, "embed")
+        head_dim = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
+        self.up = Projection(
+            (size, cfg.num_heads, head_dim), (axis, "heads", "head_dim"), std, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps x [B, T, D] to position-free [B, T, N, HC] and rotated [B, T, N, HR] queries."""
+        if self.cfg.q_lora_rank:
+            x = self.norm(self.down("BTD,DR->BTR", x))
+        query = constrain(self.up("BTD,DNH->BTNH", x), "batch", "sequence", "heads", "head_dim")
+        nope, rope = jnp.split(query, [self.cfg.qk_nope_head_dim], axis=-1)
+        return nope, rotate(rope, positions, self.cfg.rope_theta)
+
+
+class LatentAttention(nnx.Module):
+    """MLA; see the module's equations."""
+
+    def __init__(self, cfg: ModelConfig, window_size: int | None, *, rngs: nnx.Rngs) -> None:
+        self.cfg, self.window_size = cfg, window_size
+        size, rank, heads, std = cfg.hidden_size, cfg.kv_lora_rank, cfg.num_heads, cfg.init_stddev
+        up_axes = ("latent", "heads", "head_dim")
+        self.query = DecoupledQuery(cfg, rngs=rngs)
+        self.down = Projection((size, rank), ("embed", "latent"), std, rngs=rngs)
+        self.norm = RMSNorm(rank, cfg.norm_epsilon)
+        self.rope_key = Projection(
+            (size, cfg.qk_rope_head_dim), ("embed", "head_dim"), std, rngs=rngs
+        )
+        self.key_up = Projection((rank, heads, cfg.qk_nope_head_dim), up_axes, std, rngs=rngs)
+        self.value_up = Projection((rank, heads, cfg.v_head_dim), up_axes, std, rngs=rngs)
+        self.output = Projection(
+            (heads, cfg.v_head_dim, size), ("heads", "head_dim", "embed"), residual_stddev(cfg),
+            rngs=rngs,
+        )  # fmt: skip
+        self.scale = (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
+        nope, rope = self.query(x, positions)
+        latent, rope_key = self._compress(x, positions)
+        output = self._attend(nope, rope, latent, rope_key, segment_ids)
+        return self.output("BTNH,NHD->BTD", output)
+
+    def init_cache(self, batch: int, max_length: int, dtype: jnp.dtype) -> LatentCache:
+        """An empty cache for rows of at most max_length tokens."""
+        slots = max_length if self.window_size is None else min(self.window_size, max_length)
+        return LatentCache(
+            jnp.zeros((batch, slots, self.cfg.kv_lora_rank), dtype),
+            jnp.zeros((batch, slots, self.cfg.qk_rope_head_dim), dtype),
+        )
+
+    def prefill(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        lengths: jax.Array,
+        cache: LatentCache,
+    ) -> tuple[jax.Array, LatentCache]:
+        """As `__call__` for prompts of `lengths` [B] tokens, and fills the cache with them."""
+        nope, rope = self.query(x, positions)
+        latent, rope_key = self._compress(x, positions)
+        if self.window_size is None:
+            cache = LatentCache(fill(cache.latent, latent), fill(cache.rope_key, rope_key))
+        else:
+            cache = LatentCache(
+                fill_ring(cache.latent, latent, lengths),
+                fill_ring(cache.rope_key, rope_key, lengths),
+            )
+        output = self._attend(nope, rope, latent, rope_key, segment_ids)
+        return self.output("BTNH,NHD->BTD", output), cache
+
+    def decode(
+        self, x: jax.Array, position: jax.Array, cache: LatentCache
+    ) -> tuple[jax.Array, LatentCache]:
+        """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
+        x, positions = x[:, None], position[:, None]
+        query = self._absorb(*self.query(x, positions))[:, 0]
+        latent, rope_key = self._compress(x, positions)
+        slots = cache.latent.shape[1]
+        cache = LatentCache(
+            write(cache.latent, position % slots, latent[:, 0]),
+            write(cache.rope_key, position % slots, rope_key[:, 0]),
+        )
+        visible = ring_positions(position, slots) >= 0
+        key = jnp.concatenate(cache, axis=-1)[:, :, None]
+        mixed, _ = attend_cache(query, key, cache.latent[:, :, None], visible, self.scale)
+        return self.output("BNH,NHD->BD", self.value_up("BNR,RNH->BNH", mixed)), cache
+
+    def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        latent = self.norm(self.down("BTD,DR->BTR", x))
+        rope_key = self.rope_key("BTD,DH->BTH", x)
+        return latent, rotate(rope_key[:, :, None], positions, self.cfg.rope_theta)[:, :, 0]
+
+    def _absorb(self, nope: jax.Array, rope: jax.Array) -> jax.Array:
+        return jnp.concatenate([self.key_up("BTNH,RNH->BTNR", nope), rope], axis=-1)
+
+    def _attend(
+        self,
+        nope: jax.Array,
+        rope: jax.Array,
+        latent: jax.Array,
+        rope_key: jax.Array,
+        segment_ids: jax.Array,
+    ) -> jax.Array:
+        """Attention over expanded keys and values: [B, T, N, h]."""
+        key = self.key_up("BTR,RNH->BTNH", latent)
+        shared = jnp.broadcast_to(rope_key[:, :, None], (*key.shape[:3], rope_key.shape[-1]))
+        key = jnp.concatenate([key, shared], axis=-1)
+        value = self.value_up("BTR,RNH->BTNH", latent)
+        query = jnp.concatenate([nope, rope], axis=-1)
+        if self.window_size is None:
+            return causal_attention(query, key, value, segment_ids, self.scale)
+        output, _ = sliding_window_attention(
+            query, key, value, window_size=self.window_size, segment_ids=segment_ids,
+            scale=self.scale,
+        )  # fmt: skip
+        return output

@@ -1,0 +1,85 @@
+"""Parameters with logical axes, RMSNorm, SwiGLU and token embeddings.
+
+Weights are float32 masters; they are cast to the dtype of the activations where they are used.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from asa_jax.config import ModelConfig
+
+
+def normal_param(
+    shape: tuple[int, ...], axes: tuple[str, ...], stddev: float, rngs: nnx.Rngs
+) -> nnx.Param:
+    """A normally distributed float32 parameter with one logical axis name a dimension."""
+    return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class Projection(nnx.Module):
+    """A weight without bias, applied by einsum."""
+
+    def __init__(
+        self, shape: tuple[int, ...], axes: tuple[str, ...], stddev: float, *, rngs: nnx.Rngs
+    ) -> None:
+        self.weight = normal_param(shape, axes, stddev, rngs)
+
+    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+        """Returns einsum(equation, x, weight) in the dtype of x."""
+        return jnp.einsum(equation, x, self.weight[...].astype(x.dtype))
+
+
+class RMSNorm(nnx.Module):
+    """y = x / sqrt(mean(x^2) + epsilon) * scale over the last axis (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, epsilon: float, *, axis: str = "activation") -> None:
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis with float32 statistics; shape and dtype as x."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """y = (silu(x W_gate) * (x W_up)) W_down (Shazeer, 2020)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        into, std = (cfg.hidden_size, cfg.mlp_size), cfg.init_stddev
+        self.gate = Projection(into, ("embed", "mlp"), std, rngs=rngs)
+        self.up = Projection(into, ("embed", "mlp"), std, rngs=rngs)
+        self.down = Projection(into[::-1], ("mlp", "embed"), residual_stddev(cfg), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [..., D] to [..., D]."""
+        hidden = jax.nn.silu(self.gate("...D,DF->...F", x)) * self.up("...D,DF->...F", x)
+        return self.down("...F,FD->...D", hidden)
+
+
+class TokenEmbedding(nnx.Module):
+    """Token vectors and the matrix that maps hidden states to logits, tied or not."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        shape, std = (cfg.vocab_size, cfg.hidden_size), cfg.init_stddev
+        self.table = normal_param(shape, ("vocab", "embed"), std, rngs)
+        self.output = (
+            None if cfg.tie_embeddings else normal_param(shape[::-1], ("embed", "vocab"), std, rngs)
+        )
+        self.dtype = jnp.dtype(cfg.compute_dtype)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Looks up [..., D] vectors of tokens [...], which must lie in [0, V)."""
+        return self.table[...].astype(self.dtype)[tokens]
+
+    def unembedding(self) -> jax.Array:
+        """The [D, V] matrix of the logits."""
+        matrix = self.table[...].T if self.output is None else self.output[...]
+        return matrix.astype(self.dtype)
+
+
+def residual_stddev(cfg: ModelConfig) -> float:
+    """Initial scale of projections into the residual stream: depth keeps its variance (GPT-2)."""
+    return cfg.init_stddev / (2 * cfg.num_layers) ** 0.5

@@ -1,0 +1,254 @@
+"""A Llama-like decoder whose layers attend as `layer_kinds` says."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from asa_jax.config import ModelConfig
+from asa_jax.model.global_attention import GroupLatentAttention
+from asa_jax.model.grouped_query_attention import GroupedQueryAttention
+from asa_jax.model.latent_attention import LatentAttention
+from asa_jax.model.layers import RMSNorm, SwiGLU, TokenEmbedding
+from asa_jax.model.native_sparse_attention import NativeSparseAttention
+from asa_jax.sharding import constrain
+
+Attention = GroupedQueryAttention | LatentAttention | GroupLatentAttention | NativeSparseAttention
+# A function of one layer group: (group, hidden states, its cache) to (hidden states, its cache).
+GroupFunction = Callable[["LayerGroup", jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def make_attention(kind: str, cfg: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
+    """The attention of a layer kind; a new kind gets its line here and its name in the config."""
+    match kind:
+        case "full":
+            return GroupedQueryAttention(cfg, None, rngs=rngs)
+        case "sliding":
+            return GroupedQueryAttention(cfg, cfg.window_size, rngs=rngs)
+        case "mla":
+            return LatentAttention(cfg, None, rngs=rngs)
+        case "local":
+            return LatentAttention(cfg, cfg.window_size, rngs=rngs)
+        case "global":
+            return GroupLatentAttention(cfg, rngs=rngs)
+        case "nsa":
+            return NativeSparseAttention(cfg, rngs=rngs)
+    raise ValueError(f"layer kind {kind!r} is not known")
+
+
+class Layer(nnx.Module):
+    """x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
+
+    def __init__(self, kind: str, cfg: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = RMSNorm(cfg.hidden_size, cfg.norm_epsilon)
+        self.attention = make_attention(kind, cfg, rngs=rngs)
+        self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_epsilon)
+        self.mlp = SwiGLU(cfg, rngs=rngs)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        """Maps [B, T, D] to [B, T, D]."""
+        x = x + self.attention(self.attention_norm(x), positions, segment_ids)
+        x = x + self.mlp(self.mlp_norm(x))
+        return constrain(x, "batch", "sequence", "activation")
+
+    def prefill(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        lengths: jax.Array,
+        cache: Any,
+    ) -> tuple[jax.Array, Any]:
+        """As `__call__`, and fills the cache."""
+        y, cache = self.attention.prefill(
+            self.attention_norm(x), positions, segment_ids, lengths, cache
+        )
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+    def decode(self, x: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """Maps one token a row, [B, D], to [B, D]."""
+        y, cache = self.attention.decode(self.attention_norm(x), position, cache)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class LayerGroup(nnx.Module):
+    """The shortest run of layers whose repetition is the model: ('local', 'global') in ASA."""
+
+    def __init__(self, kinds: tuple[str, ...], cfg: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.List([Layer(kind, cfg, rngs=rngs) for kind in kinds])
+
+
+class Transformer(nnx.Module):
+    """Token embedding, layers, final norm. Logits are `hidden @ unembedding()`."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.cfg = cfg
+        self.embedding = TokenEmbedding(cfg, rngs=rngs)
+        self.final_norm = RMSNorm(cfg.hidden_size, cfg.norm_epsilon)
+        kinds = shortest_period(cfg.layer_kinds)
+        self.repeats = cfg.num_layers // len(kinds)
+        make = functools.partial(LayerGroup, kinds, cfg)
+        # With scan one stacked group, whose every parameter leads with the layer axis.
+        self.groups: Any = (
+            nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(self.repeats))
+            if cfg.scan_layers
+            else nnx.List([make(rngs=rngs) for _ in range(self.repeats)])
+        )
+
+    def __call__(
+        self, inputs: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> jax.Array:
+        """Hidden states after the final norm.
+
+        Args:
+            inputs: int [B, T] token ids in [0, V).
+            positions: int [B, T], from the start of each document.
+            segment_ids: int [B, T], documents of a row as runs of one id, 0 for padding; a document
+                starts at a multiple of `cfg.alignment`.
+
+        Returns:
+            [B, T, D] in the compute dtype.
+        """
+
+        def apply(group: LayerGroup, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            for layer in group.layers:
+                x = layer(x, positions, segment_ids)
+            return x, None
+
+        x = constrain(self.embedding(inputs), "batch", "sequence", "activation")
+        x, _ = self._run(rematerialised(apply, self.cfg.remat), x, None)
+        return self.final_norm(x)
+
+    def unembedding(self) -> jax.Array:
+        """The [D, V] matrix of the logits, in the compute dtype."""
+        return self.embedding.unembedding()
+
+    def init_cache(self, batch: int, max_length: int) -> Any:
+        """Empty caches of all layers for rows of at most max_length tokens."""
+        dtype = jnp.dtype(self.cfg.compute_dtype)
+
+        def of(group: LayerGroup) -> list[Any]:
+            return [layer.attention.init_cache(batch, max_length, dtype) for layer in group.layers]
+
+        if not self.cfg.scan_layers:
+            return [of(group) for group in self.groups]
+        stack = (self.repeats,)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, stack + x.shape), of(self.groups))
+
+    def prefill(self, inputs: jax.Array, lengths: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """Reads prompts.
+
+        Args:
+            inputs: int [B, T], row b a prompt of lengths[b] tokens, then anything.
+            lengths: int [B], at least 1.
+            cache: of `init_cache` with max_length >= T.
+
+        Returns:
+            Hidden states of the last token of each prompt [B, D], and the cache.
+        """
+        positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+        segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+
+        def apply(group: LayerGroup, x: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
+            filled = []
+            for layer, cache in zip(group.layers, caches, strict=True):
+                x, cache = layer.prefill(x, positions, segment_ids, lengths, cache)
+                filled.append(cache)
+            return x, filled
+
+        x, cache = self._run(apply, self.embedding(inputs), cache)
+        last = x[jnp.arange(x.shape[0]), lengths - 1]
+        return self.final_norm(last), cache
+
+    def decode(self, tokens: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """Appends one token [B] a row at position [B]; gives hidden states [B, D], the cache."""
+
+        def apply(group: LayerGroup, x: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
+            updated = []
+            for layer, cache in zip(group.layers, caches, strict=True):
+                x, cache = layer.decode(x, position, cache)
+                updated.append(cache)
+            return x, updated
+
+        x, cache = self._run(apply, self.embedding(tokens), cache)
+        return self.final_norm(x), cache
+
+    def _run(self, apply: GroupFunction, x: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
+        """Applies a function to the layer groups in turn, by scan where they are stacked."""
+        if not self.cfg.scan_layers:
+            results = []
+            for i, group in enumerate(self.groups):
+                x, result = apply(group, x, None if caches is None else caches[i])
+                results.append(result)
+            return x, results
+        graphdef, params = nnx.split(self.groups)
+
+        def body(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+            group_params, cache = layer
+            return apply(nnx.merge(graphdef, group_params), x, cache)
+
+        return jax.lax.scan(body, x, (params, caches))
+
+
+def shortest_period(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """The shortest tuple whose repetition is `kinds`."""
+    for size in range(1, len(kinds) + 1):
+        if len(kinds) % size == 0 and kinds[:size] * (len(kinds) // size) == kinds:
+            return kinds[:size]
+    return kinds
+
+
+def rematerialised(apply: GroupFunction, policy: str) -> GroupFunction:
+    """Wraps `apply` to recompute in the backward pass: nothing, all but matmul results, or all."""
+    if policy == "none":
+        return apply
+    save = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+
+    def wrapped(group: LayerGroup, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        graphdef, params = nnx.split(group)
+
+        def pure(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+            return apply(nnx.merge(graphdef, params), x, cache)
+
+        return jax.checkpoint(pure, policy=save)(params, x)
+
+    return wrapped
+
+
+def abstract_model(cfg: ModelConfig) -> tuple[Any, Any, Any]:
+    """The model without its arrays.
+
+    Args:
+        cfg: the architecture.
+
+    Returns:
+        The graph definition for `nnx.merge`, the parameters as a nested dict of ShapeDtypeStruct,
+        and their logical axes as a dict of the same structure with tuples of names.
+    """
+    model = nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model, nnx.Param)
+    axes = {
+        path: _with_layer_axis(param.axes, param.get_value().ndim)
+        for path, param in nnx.to_flat_state(state)
+    }
+    shapes = nnx.to_pure_dict(state)
+    return graphdef, shapes, nnx.traversals.unflatten_mapping(axes)
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> Any:
+    """Draws the parameters, a nested dict of float32 arrays; call under jit with out_shardings."""
+    return nnx.to_pure_dict(nnx.state(Transformer(cfg, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def count_params(cfg: ModelConfig) -> int:
+    """Number of parameters, from shapes alone."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(cfg)[1]))
+
+
+def _with_layer_axis(axes: tuple[str, ...], ndim: int) -> tuple[str, ...]:
+    return ("layers",) * (ndim - len(axes)) + axes

@@ -1,0 +1,111 @@
+"""The device mesh and the one table from logical axes to mesh axes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from asa_jax.config import MeshConfig
+from asa_jax.errors import ConfigError
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+# Latents are shared by many heads and small, so every tensor shard keeps them whole.
+LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "sequence": "context",
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "activation": None,
+    "head_dim": None,
+    "latent": None,
+    "groups": None,
+    "block": None,
+    "pair": None,
+    "gates": None,
+    "layers": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges the devices in a mesh with axes data, fsdp, tensor, context.
+
+    Args:
+        config: devices along each axis; -1 on one takes what the others leave.
+        devices: the devices to use; None: all.
+
+    Returns:
+        A mesh that uses every device.
+
+    Raises:
+        ConfigError: the product of the axes is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        shape = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise ConfigError(
+            f"config.mesh: {shape} is {math.prod(sizes)} devices, but {len(devices)} are here; "
+            "set the axes so that their product matches (-1 on one takes the rest)"
+        )
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+
+
+def partition_spec(axes: Sequence[str]) -> P:
+    """Maps logical axis names to a PartitionSpec by the table."""
+    return P(*(LOGICAL_TO_MESH[axis] for axis in axes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of [B, T] arrays of tokens."""
+    return NamedSharding(mesh, partition_spec(("batch", "sequence")))
+
+
+def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """Shardings of a tree of parameters.
+
+    Args:
+        mesh: the device mesh.
+        axes: tree of tuples of logical axis names, one name a dimension.
+        shapes: tree of the same structure with arrays or ShapeDtypeStructs.
+
+    Returns:
+        Tree of NamedSharding.
+
+    Raises:
+        ConfigError: a dimension does not divide over the mesh axes that it is sharded on.
+    """
+
+    def sharding(path: Any, shape: Any, names: tuple[str, ...]) -> NamedSharding:
+        spec = partition_spec(names)
+        for name, size, mesh_axes in zip(names, shape.shape, spec, strict=True):
+            parts = _num_shards(mesh, mesh_axes)
+            if size % parts:
+                raise ConfigError(
+                    f"config.mesh.{mesh_axes} = {parts}: does not divide axis '{name}' of size "
+                    f"{size} of parameter {jax.tree_util.keystr(path)}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
+
+
+def _num_shards(mesh: Mesh, mesh_axes: str | tuple[str, ...] | None) -> int:
+    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Asks for the table's sharding of `x`; the identity where no mesh is in context."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
