@@ -1,0 +1,1 @@
+"""Measures a trained run: perplexity, retrieval, recall and multiple choice, and reports it."""
