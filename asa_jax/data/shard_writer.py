@@ -20,16 +20,24 @@ PARTIAL = ".partial"
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that gets its name when the block ends, on disk; nothing is left on an error."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial = _partial(path)
     try:
         with open(partial, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+            _publish(file, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+def _publish(file: BinaryIO, path: Path) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(_partial(path), path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -50,8 +58,8 @@ class ShardWriter:
         self._text_bytes = 0
         self._offsets = array.array("q", [0])
         self._sha256 = hashlib.sha256()
-        self._stack = contextlib.ExitStack()
-        self._file = self._stack.enter_context(whole_file(folder / f"{name}.bin"))
+        self._path = folder / f"{name}.bin"
+        self._file = open(_partial(self._path), "wb")  # noqa: SIM115 - closed by commit or discard
 
     def append(self, ids: np.ndarray, text_bytes: int) -> None:
         """Adds one document and its end."""
@@ -64,7 +72,8 @@ class ShardWriter:
 
     def commit(self) -> Shard:
         """Gives both files their names."""
-        self._stack.close()
+        with self._file:
+            _publish(self._file, self._path)
         path = self._folder / f"{self._name}.offsets.npy"
         with whole_file(path) as file:
             np.save(file, np.frombuffer(self._offsets, np.int64), allow_pickle=False)
@@ -79,12 +88,9 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Drops the unfinished shard."""
-        with contextlib.suppress(_Discarded), self._stack:
-            raise _Discarded
-
-
-class _Discarded(Exception):
-    pass
+        with contextlib.suppress(OSError):  # a full disk fails once more at the last flush
+            self._file.close()
+        _partial(self._path).unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

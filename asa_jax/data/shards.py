@@ -111,7 +111,8 @@ class OpenShard:
         self._vocab_size = vocab_size
         self._bytes = shard.tokens * dtype.itemsize
         check_file_size(self.path, self._bytes)
-        self._tokens = np.memmap(self.path, dtype, mode="r", shape=(shard.tokens,))
+        # A plain array over the mapping: slices of the memmap class cost more than small reads.
+        self._tokens = np.asarray(np.memmap(self.path, dtype, mode="r", shape=(shard.tokens,)))
         self.offsets = _load_offsets(folder / shard.offsets_file, shard)
 
     def read(self, start: int, length: int) -> np.ndarray:

@@ -93,8 +93,9 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
 def _json_text(line: str, where: str, text_field: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: broken JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error).replace("line 1 ", "")  # of this one line
+        raise DataError(f"{where}: broken JSON ({reason})") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
     if text_field not in record:
