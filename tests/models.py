@@ -1,0 +1,47 @@
+"""Model configurations small enough for exhaustive tests on a CPU."""
+
+from typing import Any
+
+from asa_jax.config import ModelConfig, config_from_dict
+from configs import base
+
+
+def tiny_model_config(kinds: tuple[str, ...], **overrides: Any) -> ModelConfig:
+    """A float32 model of a few thousand parameters with the given layers.
+
+    The window and the selected blocks are smaller than a short prompt, so that a test of some tens
+    of tokens crosses every boundary; weights are large enough that attention is not uniform.
+
+    Args:
+        kinds: `layer_kinds`.
+        **overrides: other fields of `ModelConfig`.
+
+    Returns:
+        The checked configuration.
+    """
+    config = base.get_config()
+    config.model.update(
+        {
+            "layer_kinds": kinds,
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "mlp_size": 64,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 16,
+            "window_size": 12,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "num_latent_groups": 2,
+            "group_kv_lora_rank": 12,
+            "num_selected_blocks": 4,
+            "init_stddev": 0.2,
+            "compute_dtype": "float32",
+            "remat": "none",
+            "scan_layers": False,
+            **overrides,
+        }
+    )
+    return config_from_dict(config.to_dict()).model
