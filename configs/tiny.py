@@ -1,0 +1,80 @@
+"""A few million parameters on the bundled text: three minutes on two CPU cores.
+
+    python train.py --config=configs/tiny.py --workdir=runs/tiny
+
+`configs/tiny.py:full` and `configs/tiny.py:nsa` (any arm of `configs/arms.py`) train the models it
+is compared with.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import arms, base
+
+MLP_SIZES = {
+    "asa": 640,
+    "asa_latent_per_head": 640,
+    "asa_one_query": 640,
+    "full": 704,
+    "mla": 640,
+    "sliding": 704,
+    "nsa": 576,
+    "nsa_shared": 704,
+    "nsa_paper": 576,
+    "nsa_no_window": 640,
+    "nsa_no_selection": 640,
+    "nsa_no_compression": 704,
+    "alternating": 672,
+}
+
+
+def get_config(arm: str = "asa") -> ConfigDict:
+    config = base.get_config()
+    config.model.update(
+        {
+            "vocab_size": 4096,
+            "hidden_size": 256,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 64,
+            "window_size": 128,
+            "kv_lora_rank": 128,
+            "qk_nope_head_dim": 48,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 64,
+            "num_latent_groups": 1,
+            "group_kv_lora_rank": 128,
+            "num_selected_blocks": 16,
+            "tie_embeddings": True,
+            "compute_dtype": "float32",
+            "remat": "none",
+            "scan_layers": False,
+        }
+    )
+    config.data.update({"sources": ("tokens/bundled",), "sequence_length": 512, "batch_size": 8})
+    config.optimizer.update(
+        {
+            "name": "muon",
+            "learning_rate": 0.01,
+            "adam_learning_rate": 3e-3,
+            "schedule": "wsd",
+            "decay_fraction": 0.4,
+            "warmup_steps": 10,
+        }
+    )
+    config.training.update(
+        {
+            "steps": 120,
+            "eval_every_steps": 40,
+            "eval_batches": 8,
+            "checkpoint_every_steps": 60,
+            "loss_chunk_tokens": 512,
+        }
+    )
+    config.evaluation.update(
+        {
+            "lengths": (128, 256, 512),
+            "samples": 10,
+            "position_bucket_tokens": 64,
+        }
+    )
+    return arms.set_arm(config, arm, num_layers=4, mlp_sizes=MLP_SIZES)
