@@ -1,0 +1,73 @@
+"""Floating-point operations of a training step and the peak of known devices."""
+
+import jax
+
+from asa_jax.config import ModelConfig
+
+# Dense bfloat16 operations a second, from the makers' data sheets; the first name that matches.
+PEAK_FLOPS = (
+    ("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12),
+    ("A100", 312e12), ("TPU v6", 918e12), ("TPU v5 lite", 197e12), ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+)  # fmt: skip
+
+
+def peak_flops(model: ModelConfig) -> float | None:
+    """Peak of all devices together in the model's compute dtype; None where it is not known."""
+    if model.compute_dtype != "bfloat16":
+        return None
+    kind = jax.devices()[0].device_kind
+    peaks = (peak for name, peak in PEAK_FLOPS if name in kind)
+    peak = next(peaks, None)
+    return None if peak is None else peak * jax.device_count()
+
+
+def flops_per_token(model: ModelConfig, params: int, length: int) -> float:
+    """Operations of one token, forwards and backwards, without recomputation.
+
+    6 for each weight that is multiplied (all but an embedding table that is only looked up), and
+    6 N (H + h) for each key that a query of a layer sees, on average over a row of one document;
+    latent layers in expanded form.
+
+    Args:
+        model: the architecture.
+        params: its number of parameters.
+        length: T, tokens a row.
+
+    Returns:
+        Floating-point operations a token.
+    """
+    looked_up = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
+    attention = sum(
+        _keys(model, kind, length) * _features(model, kind) for kind in model.layer_kinds
+    )
+    return 6 * (params - looked_up) + 6 * model.num_heads * attention
+
+
+def _features(model: ModelConfig, kind: str) -> int:
+    """H + h of a layer kind."""
+    if kind in ("full", "sliding", "nsa"):
+        return 2 * model.head_dim
+    return model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+
+
+def _keys(model: ModelConfig, kind: str, length: int) -> float:
+    """Keys that a query sees on average."""
+
+    def newest(most: int) -> float:
+        most = min(most, length)
+        return most - most * (most - 1) / (2 * length)
+
+    compressed = newest(length) / model.compression_stride
+    selected = newest(model.num_selected_blocks * model.selection_block_size)
+    match kind:
+        case "full" | "mla":
+            return newest(length)
+        case "sliding" | "local":
+            return newest(model.window_size)
+        case "global":
+            return compressed + selected
+    branches = {
+        "compression": compressed, "selection": selected, "window": newest(model.window_size)
+    }  # fmt: skip
+    return sum(branches[branch] for branch in model.nsa_branches)

@@ -1,0 +1,116 @@
+"""The run directory before any array exists: its lock, and whether a run may go on with a config.
+
+    config.json      the configuration of the last start
+    train.lock       held by the trainer at work
+    checkpoints/     one folder a step
+    metrics.jsonl    one line a step; also tensorboard/, loss.png, tokenizer.json
+
+Imports no jax, so that a second trainer or a changed field is refused at once.
+"""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from asa_jax.config import Config, config_to_dict
+from asa_jax.errors import CheckpointError, ConfigError
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+LOCK = "train.lock"
+
+# What may change when a run goes on: nothing here alters what the next step computes from a batch,
+# except `steps`, by which a run is made longer and its schedule follows. The data section is
+# compared by the fingerprint of its content, in the checkpoint.
+CHANGEABLE_SECTIONS = ("data", "mesh", "evaluation")
+CHANGEABLE_FIELDS = (
+    "model.remat", "training.steps", "training.log_every_steps", "training.eval_every_steps",
+    "training.eval_batches", "training.checkpoint_every_steps", "training.keep_checkpoints",
+    "training.max_nonfinite_steps", "training.loss_chunk_tokens", "training.profile_start_step",
+    "training.profile_steps",
+)  # fmt: skip
+
+
+def open_run(workdir: Path, config: Config, *, allow_changes: bool) -> TextIO:
+    """Makes the run directory if need be, locks it and writes its config.json.
+
+    Args:
+        workdir: the run directory.
+        config: the configuration to train with.
+        allow_changes: go on although fields differ from those the run was started with.
+
+    Returns:
+        The open lock: held until it is closed or the process ends, however it ends.
+
+    Raises:
+        CheckpointError: another trainer works there.
+        ConfigError: the run has checkpoints of a configuration that differs.
+    """
+    (workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    lock = _lock(workdir / LOCK)
+    values = config_to_dict(config)
+    started = _read_config(workdir / CONFIG)
+    if started and any((workdir / CHECKPOINTS).iterdir()) and not allow_changes:
+        refuse_changes(workdir, config_changes(started, values))
+    temporary = workdir / f".{CONFIG}"
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.replace(workdir / CONFIG)
+    return lock
+
+
+def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Compares nested configurations; returns a line for each field that may not change but did."""
+    old, new = _fields(before), _fields(now)
+    return [
+        f"config.{name}: was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+        and name not in CHANGEABLE_FIELDS
+        and name.partition(".")[0] not in CHANGEABLE_SECTIONS
+    ]
+
+
+def refuse_changes(workdir: Path, changes: list[str]) -> None:
+    """Raises a ConfigError that names the first of `changes`, if there are any."""
+    if changes:
+        more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+        raise ConfigError(
+            f"{changes[0]}{more}, so the run in {workdir} cannot go on; set it back, take another "
+            "--workdir, or go on regardless with --allow_changes"
+        )
+
+
+def _lock(path: Path) -> TextIO:
+    # The kernel gives the lock up with its process, so a dead trainer never holds one.
+    lock = path.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        raise CheckpointError(f"{path}: a trainer works here already ({holder})") from None
+    lock.truncate(0)
+    lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    return lock
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None  # the configuration in the checkpoint decides
+    return values if isinstance(values, dict) else None
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Flattens sections to section.field; JSON makes lists of tuples, so both become lists."""
+    return {
+        f"{section}.{name}": list(value) if isinstance(value, tuple) else value
+        for section, fields in config.items()
+        for name, value in (fields.items() if isinstance(fields, Mapping) else ())
+    }

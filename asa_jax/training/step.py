@@ -1,0 +1,232 @@
+"""One step of training or evaluation, as pure functions of a state and a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from asa_jax.config import Config
+from asa_jax.errors import ConfigError
+from asa_jax.model.transformer import abstract_model, init_params
+from asa_jax.sharding import batch_sharding, param_shardings
+from asa_jax.training.losses import token_nll
+from asa_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+# inputs, targets, positions, segment_ids: int32 [B, T] each.
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+        params: nested dict of float32 arrays.
+        opt_state: moments and counters of the optimizer.
+        step: batches consumed, int32.
+        nonfinite_steps: those among them whose update was left out.
+        nonfinite_in_a_row: those at the end of the run so far.
+    """
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+    nonfinite_steps: jax.Array
+    nonfinite_in_a_row: jax.Array
+
+
+class Trainer(NamedTuple):
+    """The jitted functions of a run and the shapes they work on.
+
+    Attributes:
+        state: TrainState of ShapeDtypeStruct with shardings.
+        init: makes the state of step 0.
+        step: maps a state, which it consumes, and a batch to the next state and metrics: scalars
+            loss, grad_norm, learning_rate, tokens, target_bytes, nonfinite_steps,
+            nonfinite_in_a_row.
+        evaluate: maps parameters and a batch to sums: nll, tokens, target_bytes.
+    """
+
+    state: TrainState
+    init: Callable[[], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[Any, Batch], Metrics]
+
+
+def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Trainer:
+    """Builds the functions of a run; nothing is computed yet.
+
+    Args:
+        config: the run.
+        mesh: devices; call the functions under `jax.set_mesh(mesh)`.
+        byte_lengths: int [tokens], UTF-8 bytes of every token of the tokenizer.
+
+    Returns:
+        The jitted functions.
+
+    Raises:
+        ConfigError: the batch or a parameter does not divide over the mesh.
+    """
+    _check_batch(config, mesh)
+    graphdef, shapes, axes = abstract_model(config.model)
+    optimizer = make_optimizer(config.optimizer, config.training.steps, axes)
+
+    def init() -> TrainState:
+        params = init_params(config.model, jax.random.key(config.training.seed))
+        # One array each: the step consumes its state, and a buffer can be given up only once.
+        counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
+        return TrainState(params, optimizer.init(params), *counters)
+
+    shardings = _state_shardings(mesh, jax.eval_shape(init), param_shardings(mesh, axes, shapes))
+    sums = make_sums(graphdef, byte_lengths, config.training.loss_chunk_tokens)
+    batch, one = batch_sharding(mesh), NamedSharding(mesh, P())
+    return Trainer(
+        state=with_shardings(jax.eval_shape(init), shardings),
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(
+            make_step(sums, optimizer, config),
+            in_shardings=(shardings, batch),
+            out_shardings=(shardings, one),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(sums, in_shardings=(shardings.params, batch), out_shardings=one),
+    )
+
+
+def make_sums(
+    graphdef: Any, byte_lengths: np.ndarray, chunk_tokens: int
+) -> Callable[[Any, Batch], Metrics]:
+    """Returns the function from parameters and a batch to sums: nll (nats), tokens, target_bytes."""
+
+    def sums(params: Any, batch: Batch) -> Metrics:
+        model = nnx.merge(graphdef, params)
+        hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"])
+        nll = token_nll(hidden, model.unembedding(), batch["targets"], chunk_tokens)
+        counted = batch["segment_ids"] > 0
+        return {
+            "nll": jnp.sum(nll, where=counted),
+            "tokens": jnp.sum(counted),
+            "target_bytes": jnp.sum(jnp.asarray(byte_lengths)[batch["targets"]], where=counted),
+        }
+
+    return sums
+
+
+def make_step(
+    sums: Callable[[Any, Batch], Metrics],
+    optimizer: optax.GradientTransformation,
+    config: Config,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the training step: one update by the mean nll of the batch's tokens.
+
+    A loss or gradient that is not finite leaves parameters and optimizer state as they are. That is
+    decided before clipping, which would turn one infinite gradient into NaN everywhere.
+    """
+    schedule = learning_rate_schedule(config.optimizer, config.training.steps)
+    parts = config.optimizer.accumulation_steps
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # Known before the parts are, so that their losses and gradients add up to those of the whole.
+        tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
+
+        def mean_nll(params: Any, part: Batch) -> tuple[jax.Array, Metrics]:
+            totals = sums(params, part)
+            return totals["nll"] / tokens, totals
+
+        gradient = jax.grad(mean_nll, has_aux=True)
+        gradients, totals = _accumulate(gradient, state.params, batch, parts)
+        loss, grad_norm = totals["nll"] / tokens, optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        learning_rate = config.optimizer.learning_rate * schedule(
+            state.step - state.nonfinite_steps
+        )
+        state = TrainState(
+            params=params,
+            opt_state=opt_state,
+            step=state.step + 1,
+            nonfinite_steps=state.nonfinite_steps + ~finite,
+            nonfinite_in_a_row=jnp.where(finite, 0, state.nonfinite_in_a_row + 1),
+        )
+        return state, {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens": totals["tokens"],
+            "target_bytes": totals["target_bytes"],
+            "nonfinite_steps": state.nonfinite_steps,
+            "nonfinite_in_a_row": state.nonfinite_in_a_row,
+        }
+
+    return step
+
+
+def _accumulate(
+    gradient: Callable[[Any, Batch], tuple[Any, Metrics]], params: Any, batch: Batch, parts: int
+) -> tuple[Any, Metrics]:
+    """Sums gradients and totals over equal parts of the batch, one part in memory at a time."""
+    if parts == 1:
+        return gradient(params, batch)
+
+    def split(x: jax.Array) -> jax.Array:
+        # Every part takes rows from every device, so that no row moves.
+        return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+    def body(total: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    parted = jax.tree.map(split, batch)
+    one = jax.tree.map(lambda x: x[0], parted)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, one)
+    )
+    return jax.lax.scan(body, zeros, parted)[0]
+
+
+def _check_batch(config: Config, mesh: Mesh) -> None:
+    rows = config.data.batch_size // config.optimizer.accumulation_steps
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
+        raise ConfigError(
+            f"config.data.batch_size = {config.data.batch_size}: must be a multiple of "
+            f"mesh.data * mesh.fsdp * optimizer.accumulation_steps = "
+            f"{shards * config.optimizer.accumulation_steps}"
+        )
+    blocks = config.model.alignment * mesh.shape["context"]
+    if config.data.sequence_length % blocks:
+        raise ConfigError(
+            f"config.data.sequence_length = {config.data.sequence_length}: must be a multiple of "
+            f"mesh.context * model.selection_block_size = {blocks}"
+        )
+
+
+def _state_shardings(mesh: Mesh, state: TrainState, params: Any) -> TrainState:
+    """Shards parameters as given, moments like their parameters, counters not at all."""
+    by_path = dict(jax.tree_util.tree_leaves_with_path(params))
+    whole = NamedSharding(mesh, P())
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        # The path of a moment ends in the path of its parameter.
+        tails = (path[start:] for start in range(len(path)))
+        return next((by_path[tail] for tail in tails if tail in by_path), whole)
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Joins trees of shapes and shardings into one of ShapeDtypeStruct."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
