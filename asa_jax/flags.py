@@ -4,7 +4,7 @@ A command parses its flags first and imports the heavy libraries after, so that 
 at once:
 
     if __name__ == "__main__":
-        CONFIG, WORKDIR = parse_run_flags()
+        CONFIG, WORKDIR = exit_on_error(parse_run_flags)
 
     import jax
     ...
@@ -14,6 +14,7 @@ at once:
 
 import difflib
 import errno
+import logging
 import os
 import re
 import sys
@@ -38,16 +39,53 @@ def parse_run_flags() -> tuple[Config, Path]:
     """Parses the command line of a command that works on a run: `--config` and `--workdir`.
 
     Returns:
-        The checked configuration and the run directory, which need not exist yet. Exits with code 2
-        and one line on stderr where a flag is wrong.
+        The checked configuration and the run directory, which need not exist yet.
     """
     flags.DEFINE_string("workdir", None, "run directory: checkpoints, metrics, plots")
-    return _exit_on_error(lambda: (_parse_config(), _workdir()))
+    return parse_config_flag(), _workdir()
 
 
 def parse_config_flag() -> Config:
-    """Parses the command line of a command that needs `--config` alone; errors as above."""
-    return _exit_on_error(_parse_config)
+    """Parses the command line of a command that needs `--config` alone.
+
+    Returns:
+        The checked configuration.
+    """
+    config_flags.DEFINE_config_file("config", None, "configs/NAME.py, or configs/NAME.py:ARM")
+    flag = flags.FLAGS["config"]
+    flag.parser = _ProjectConfigs(flag.parser)
+    app.define_help_flags()
+    stray = flags.FLAGS(sys.argv)[1:]
+    if stray:
+        raise ConfigError(f"{stray[0]!r}: unexpected argument; flags look like --name=value")
+    values: ConfigDict | None = flags.FLAGS.config
+    if values is None:
+        names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.py")))
+        raise ConfigError(f"--config: missing; give --config=configs/NAME.py, one of {names}")
+    return config_from_dict(values.to_dict())
+
+
+def exit_on_error[T](parse: Callable[[], T]) -> T:
+    """Calls `parse`; whatever it raises becomes one line on stderr and an exit code.
+
+    Args:
+        parse: parses flags and does the checks that need no heavy import.
+
+    Returns:
+        What `parse` returns.
+    """
+    try:
+        return parse()
+    except SystemExit:
+        sys.exit(0)  # --help, for which absl exits with 1
+    except UserError as error:
+        sys.exit(_fail(str(error), error.exit_code))
+    except OSError as error:
+        sys.exit(_fail(_describe(error), 1))
+    except Exception as error:
+        # Config files run as code and absl wraps their tracebacks; the last line is the reason.
+        lines = str(error).strip().splitlines() or [repr(error)]
+        sys.exit(_fail(lines[-1], ConfigError.exit_code))
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -56,6 +94,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Args:
         main: the command; returns its exit code, None for 0.
     """
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     code = _guarded(main)
     try:
         sys.stdout.flush()
@@ -77,8 +116,7 @@ def _guarded(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno not in _MACHINE_ERRORS:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror}", 1)
+        return _fail(_describe(error), 1)
 
 
 def _fail(message: str, code: int) -> int:
@@ -86,39 +124,13 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _describe(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+
+
 def _discard_output() -> None:
     """Lets the interpreter flush a closed stdout at exit without a complaint."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _exit_on_error[T](parse: Callable[[], T]) -> T:
-    """Calls `parse`; whatever parsing raises becomes one line and exit code 2."""
-    try:
-        return parse()
-    except SystemExit:
-        sys.exit(0)  # --help, for which absl exits with 1
-    except UserError as error:
-        message = str(error)
-    except Exception as error:
-        # Config files run as code and absl wraps their tracebacks; the last line is the reason.
-        message = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-    sys.exit(_fail(message, ConfigError.exit_code))
-
-
-def _parse_config() -> Config:
-    """Defines `--config`, parses the command line and converts what it gives."""
-    config_flags.DEFINE_config_file("config", None, "configs/NAME.py, or configs/NAME.py:ARM")
-    flag = flags.FLAGS["config"]
-    flag.parser = _ProjectConfigs(flag.parser)
-    app.define_help_flags()
-    stray = flags.FLAGS(sys.argv)[1:]
-    if stray:
-        raise ConfigError(f"{stray[0]!r}: unexpected argument; flags look like --name=value")
-    values: ConfigDict | None = flags.FLAGS.config
-    if values is None:
-        names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.py")))
-        raise ConfigError(f"--config: missing; give --config=configs/NAME.py, one of {names}")
-    return config_from_dict(values.to_dict())
 
 
 def _workdir() -> Path:

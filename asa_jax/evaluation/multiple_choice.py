@@ -161,13 +161,12 @@ def _judge(example: Example, scores: Sequence[RequestScore]) -> _Verdict:
     if example.gold is None:
         return _Verdict(float(scores[0].greedy), None, -scores[0].log_likelihood, None)
     likelihoods = np.array([score.log_likelihood for score in scores])
-    sizes = [len(request.continuation.strip().encode()) for request in example.requests]
-    return _Verdict(
-        float(np.argmax(likelihoods) == example.gold),
-        float(np.argmax(likelihoods / sizes) == example.gold),
-        None,
-        1 / len(scores),
-    )
+    right = float(np.argmax(likelihoods) == example.gold)
+    texts = [request.continuation.strip() for request in example.requests]
+    if len(set(texts)) == 1:  # contexts compete, and their one continuation has one length
+        return _Verdict(right, None, None, 1 / len(scores))
+    normalised = likelihoods / [len(text.encode()) for text in texts]
+    return _Verdict(right, float(np.argmax(normalised) == example.gold), None, 1 / len(scores))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

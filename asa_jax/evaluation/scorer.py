@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -22,6 +21,7 @@ from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.errors import ConfigError, DataError
 from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import batch_sharding
+from asa_jax.training.losses import token_scores
 
 MIN_ROW_TOKENS = 256
 
@@ -211,41 +211,3 @@ def _jit_score(config: Config, mesh: Mesh) -> Callable[..., tuple[jax.Array, jax
         return token_scores(hidden, model.unembedding(), targets, config.training.loss_chunk_tokens)
 
     return jax.jit(score, out_shardings=(replicated, replicated))
-
-
-def token_scores(
-    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunk_tokens: int
-) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood and argmax flag of each target, without the [B, T, V] logits.
-
-    nll = logsumexp(h W) - (h W)[target], with float32 logits of one chunk of positions at a time.
-
-    Args:
-        hidden: states after the last norm, [B, T, D].
-        unembedding: [D, V].
-        targets: token ids, int32 [B, T].
-        chunk_tokens: tokens of one chunk, at most, but a position of every row at least.
-
-    Returns:
-        Nats, float32 [B, T], and whether the target is the argmax, bool [B, T].
-    """
-    batch, length = targets.shape
-    chunk = min(length, max(1, chunk_tokens // batch))
-    padding = -length % chunk
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(batch, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
-
-    def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(batch, -1)[:, :length]
-
-    def score(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        states, labels = chunk
-        logits = jnp.einsum("BTD,DV->BTV", states, unembedding, preferred_element_type=jnp.float32)
-        picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - picked
-        return nll, jnp.argmax(logits, axis=-1) == labels
-
-    nll, correct = jax.lax.map(score, (split(hidden), split(targets)))
-    return join(nll), join(correct)

@@ -31,6 +31,39 @@ def token_nll(
     Returns:
         float32 [B, T].
     """
+    return _join(_chunked_nll(*_chunks(hidden, unembedding, targets, chunk_tokens)), targets.shape)
+
+
+def token_scores(
+    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunk_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """What evaluation asks of each target: its `token_nll`, and whether it is the argmax.
+
+    Args:
+        hidden: [B, T, D].
+        unembedding: [D, V], of the dtype of `hidden`.
+        targets: int [B, T] in [0, V).
+        chunk_tokens: tokens, over the rows of one device, whose logits exist at a time.
+
+    Returns:
+        Nats, float32 [B, T], and bool [B, T]. Without gradient.
+    """
+    hidden, unembedding, labels = _chunks(hidden, unembedding, targets, chunk_tokens)
+
+    def body(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, y = chunk
+        logits = _logits(x, unembedding)
+        nll, _ = _nll_and_lse(logits, y)
+        return nll, jnp.argmax(logits, axis=-1) == y
+
+    nll, correct = jax.lax.map(body, (hidden, labels))
+    return _join(nll, targets.shape), _join(correct, targets.shape)
+
+
+def _chunks(
+    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunk_tokens: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Hidden states and targets cut into chunks, and the unembedding as every chunk reads it."""
     rows, length, _ = hidden.shape
     parts = _num_shards("sequence")
     rows_here = max(1, rows // _num_shards("batch"))
@@ -39,8 +72,13 @@ def token_nll(
     # The vocabulary matrix is gathered over fsdp once, not for every chunk.
     unembedding = constrain(unembedding, "activation", "vocab")
     split = functools.partial(_split, parts=parts, chunks=chunks)
-    nll = _chunked_nll(split(hidden), unembedding, split(targets))
-    return jnp.moveaxis(nll, 0, 2).reshape(rows, -1)[:, :length]
+    return split(hidden), unembedding, split(targets)
+
+
+def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Undoes `_split` for [chunks, B, parts, t] and cuts the padding off."""
+    rows, length = shape
+    return jnp.moveaxis(x, 0, 2).reshape(rows, -1)[:, :length]
 
 
 def _num_shards(axis: str) -> int:
@@ -76,6 +114,12 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
     )
 
 
+def _nll_and_lse(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
+    return lse - picked, lse
+
+
 @jax.custom_vjp
 def _chunked_nll(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array) -> jax.Array:
     return _chunked_nll_forward(hidden, unembedding, targets)[0]
@@ -87,9 +131,7 @@ def _chunked_nll_forward(
     def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, ...]]:
         x, y = chunk
         logits = _logits(x, unembedding)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.sum(jnp.where(_is_target(logits, y), logits, 0), axis=-1)
-        return None, (lse - picked, lse)
+        return None, _nll_and_lse(logits, y)
 
     _, (nll, lse) = jax.lax.scan(body, None, (hidden, targets))
     return nll, (hidden, unembedding, targets, lse)
