@@ -87,17 +87,16 @@ def write_rounds(output: Path, request: Request, state: State, tokenizer: Tokeni
     """
     tokens = sum(shard["tokens"] for shard in state.shards)
     total_bytes = sum(size for _, size, _, _ in request.files)
-    with show_progress(total_bytes) as report, _Round(output, state, tokenizer) as current:
+    with show_progress(total_bytes) as report, _Round(output, request, state, tokenizer) as current:
         for batch in _batches(_documents(request, state)):
-            for item, ids in zip(
-                batch, tokenizer.encode_batch([item.text for item in batch]), strict=True
-            ):
+            encoded = tokenizer.encode_batch([item.text for item in batch])
+            for item, ids in zip(batch, encoded, strict=True):
                 current.add(item, ids)
                 tokens += len(ids) + 1
                 if current.tokens >= request.shard_tokens:
-                    current.commit(request)
+                    current.commit()
             report(batch[-1].done_bytes, tokens)
-        current.commit(request)
+        current.commit()
 
 
 def _documents(request: Request, state: State) -> Iterator[_Item]:
@@ -136,8 +135,9 @@ def _batches(items: Iterator[_Item]) -> Iterator[list[_Item]]:
 class _Round(contextlib.AbstractContextManager["_Round"]):
     """The shards being written, one a split; what is not committed is dropped on leaving."""
 
-    def __init__(self, output: Path, state: State, tokenizer: Tokenizer) -> None:
+    def __init__(self, output: Path, request: Request, state: State, tokenizer: Tokenizer) -> None:
         self._output = output
+        self._request = request
         self._state = state
         self._tokenizer = tokenizer
         self._writers: dict[str, ShardWriter] = {}
@@ -166,7 +166,7 @@ class _Round(contextlib.AbstractContextManager["_Round"]):
         end = self._tokenizer.end_of_document_id
         return ShardWriter(self._output, f"{split}-{number:05d}", dtype, end)
 
-    def commit(self, request: Request) -> None:
+    def commit(self) -> None:
         """Finishes the shards, then says so in the progress file."""
         for split in SPLITS:
             if split in self._writers:
@@ -175,5 +175,5 @@ class _Round(contextlib.AbstractContextManager["_Round"]):
         self._writers = {}
         self._state.file, self._state.record = self._next.file, self._next.record
         self._state.skipped = self._next.skipped
-        content = {"request": dataclasses.asdict(request), "state": dataclasses.asdict(self._state)}
-        write_json(self._output / PROGRESS, content)
+        request, state = dataclasses.asdict(self._request), dataclasses.asdict(self._state)
+        write_json(self._output / PROGRESS, {"request": request, "state": state})
