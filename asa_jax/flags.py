@@ -9,7 +9,7 @@ at once:
     import jax
     ...
     if __name__ == "__main__":
-        run(lambda: main(CONFIG, WORKDIR))
+        run_command(lambda: main(CONFIG, WORKDIR))
 """
 
 import difflib
@@ -88,7 +88,7 @@ def exit_on_error[T](parse: Callable[[], T]) -> T:
         sys.exit(_fail(lines[-1], ConfigError.exit_code))
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Runs a command and exits: its user errors become one line on stderr and their exit code.
 
     Args:

@@ -1,9 +1,10 @@
-"""The run directory before any array exists: its lock, and whether a run may go on with a config.
+"""A run before any array exists: its sources, its directory, whether it may go on with a config.
 
     config.json      the configuration of the last start
     train.lock       held by the trainer at work
     checkpoints/     one folder a step
-    metrics.jsonl    one line a step; also tensorboard/, loss.png, tokenizer.json
+    metrics.jsonl    one line a step; also tensorboard/ and loss.png
+    tokenizer.json   copy of the tokenizer of the sources, unless it is 'bytes'
 
 Imports no jax, so that a second trainer or a changed field is refused at once.
 """
@@ -11,13 +12,20 @@ Imports no jax, so that a second trainer or a changed field is refused at once.
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
+
+from absl import flags
+from ml_collections import config_flags
 
 from asa_jax.config import Config, config_to_dict
+from asa_jax.data.shards import TOKENIZER, TokenFolder, check_vocabulary, open_token_folder
+from asa_jax.data.tokenizer import BYTES
 from asa_jax.errors import CheckpointError, ConfigError
+from asa_jax.flags import parse_run_flags
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -33,6 +41,63 @@ CHANGEABLE_FIELDS = (
     "training.max_nonfinite_steps", "training.loss_chunk_tokens", "training.profile_start_step",
     "training.profile_steps",
 )  # fmt: skip
+
+
+class Run(NamedTuple):
+    """What a trainer knows before it touches a device.
+
+    Attributes:
+        config: the configuration.
+        config_file: what `--config` was given.
+        workdir: its run directory.
+        sources: opened token folders, of one tokenizer.
+        allow_changes: go on although configuration or data differ from those of the run.
+        lock: keeps other trainers out until it is closed.
+    """
+
+    config: Config
+    config_file: str
+    workdir: Path
+    sources: list[TokenFolder]
+    allow_changes: bool
+    lock: TextIO
+
+
+def start_run() -> Run:
+    """Parses the trainer's command line, opens the sources and claims the run directory.
+
+    Raises:
+        UserError: of any of these.
+    """
+    allow = flags.DEFINE_bool(
+        "allow_changes", False, "go on with a run although its configuration or data changed"
+    )
+    config, workdir = parse_run_flags()
+    sources = open_sources(config)
+    lock = open_run(workdir, config, allow_changes=allow.value)
+    tokenizer = sources[0].path / TOKENIZER
+    if sources[0].tokenizer_fingerprint != BYTES:
+        shutil.copyfile(tokenizer, workdir / TOKENIZER)
+    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+    return Run(config, config_file, workdir, sources, allow.value, lock)
+
+
+def open_sources(config: Config) -> list[TokenFolder]:
+    """Opens the token folders of a configuration.
+
+    Raises:
+        DataError: one is missing or damaged.
+        ConfigError: their tokenizers differ or exceed the model's vocabulary.
+    """
+    folders = [open_token_folder(source) for source in config.data.sources]
+    for folder in folders:
+        check_vocabulary(folder, config.model.vocab_size)
+        if folder.tokenizer_fingerprint != folders[0].tokenizer_fingerprint:
+            raise ConfigError(
+                f"config.data.sources: {folder.path} and {folders[0].path} were made with "
+                "different tokenizers; prepare one of them again"
+            )
+    return folders
 
 
 def open_run(workdir: Path, config: Config, *, allow_changes: bool) -> TextIO:

@@ -83,11 +83,12 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
         counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
         return TrainState(params, optimizer.init(params), *counters)
 
-    shardings = _state_shardings(mesh, jax.eval_shape(init), param_shardings(mesh, axes, shapes))
+    state = jax.eval_shape(init)
+    shardings = _state_shardings(mesh, state, param_shardings(mesh, axes, shapes))
     sums = make_sums(graphdef, byte_lengths, config.training.loss_chunk_tokens)
     batch, one = batch_sharding(mesh), NamedSharding(mesh, P())
     return Trainer(
-        state=with_shardings(jax.eval_shape(init), shardings),
+        state=with_shardings(state, shardings),
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
             make_step(sums, optimizer, config),
@@ -102,7 +103,7 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
 def make_sums(
     graphdef: Any, byte_lengths: np.ndarray, chunk_tokens: int
 ) -> Callable[[Any, Batch], Metrics]:
-    """Returns the function from parameters and a batch to sums: nll (nats), tokens, target_bytes."""
+    """Returns the function from parameters and a batch to its nll (nats), tokens, target_bytes."""
 
     def sums(params: Any, batch: Batch) -> Metrics:
         model = nnx.merge(graphdef, params)
@@ -132,7 +133,7 @@ def make_step(
     parts = config.optimizer.accumulation_steps
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        # Known before the parts are, so that their losses and gradients add up to those of the whole.
+        # Of all parts, so that their losses and gradients add up to those of the whole batch.
         tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
 
         def mean_nll(params: Any, part: Batch) -> tuple[jax.Array, Metrics]:
@@ -150,9 +151,7 @@ def make_step(
             (params, opt_state),
             (state.params, state.opt_state),
         )
-        learning_rate = config.optimizer.learning_rate * schedule(
-            state.step - state.nonfinite_steps
-        )
+        updates_done = state.step - state.nonfinite_steps
         state = TrainState(
             params=params,
             opt_state=opt_state,
@@ -163,7 +162,7 @@ def make_step(
         return state, {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
+            "learning_rate": config.optimizer.learning_rate * schedule(updates_done),
             "tokens": totals["tokens"],
             "target_bytes": totals["target_bytes"],
             "nonfinite_steps": state.nonfinite_steps,

@@ -1,0 +1,147 @@
+"""From metrics on the device to numbers in files and on the screen, one step late.
+
+The metrics of a step are fetched when the next one has been dispatched, so that the device never
+waits for the host, and the host is never more than one step ahead.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import jax
+
+from asa_jax.config import Config
+from asa_jax.errors import UserError
+from asa_jax.training.flops import flops_per_token, peak_flops
+from asa_jax.training.metrics import MetricsWriter
+from asa_jax.training.progress import ProgressDisplay
+
+
+class RunLog:
+    """Completes steps: waits for their metrics, derives rates, writes and shows them."""
+
+    def __init__(self, workdir: Path, config: Config, num_params: int, start_step: int) -> None:
+        """Opens the files; only the first process writes and shows.
+
+        Args:
+            workdir: the run directory.
+            config: the run.
+            num_params: parameters of the model, for the utilisation.
+            start_step: steps done before.
+        """
+        self._config = config.training
+        self._flops = flops_per_token(config.model, num_params, config.data.sequence_length)
+        self._peak = peak_flops(config.model)
+        self._pending: tuple[int, Mapping[str, jax.Array], float] | None = None
+        self._seconds_per_step: float | None = None
+        self._files = ExitStack()
+        first = jax.process_index() == 0
+        self._writer = MetricsWriter(workdir, start_step) if first else None
+        self._display = ProgressDisplay(
+            start_step, self._config.steps, self._config.log_every_steps, quiet=not first
+        )
+        self.restart_clock()
+
+    def __enter__(self) -> Self:
+        if self._writer:
+            self._files.enter_context(self._writer)
+        self._files.enter_context(self._display)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.close()
+
+    def push(self, step: int, metrics: Mapping[str, jax.Array], data_wait_seconds: float) -> None:
+        """Takes the metrics of a step that was just dispatched and completes the one before.
+
+        Args:
+            step: steps done, with this one.
+            metrics: of the training step.
+            data_wait_seconds: how long its batch was waited for.
+
+        Raises:
+            UserError: the limit of steps in a row that are not finite is reached.
+        """
+        pending, self._pending = self._pending, (step, metrics, data_wait_seconds)
+        if pending:
+            self._complete(*pending)
+
+    def flush(self) -> None:
+        """Completes the last step; call before evaluating, saving and stopping.
+
+        Raises:
+            UserError: as `push`.
+        """
+        pending, self._pending = self._pending, None
+        if pending:
+            self._complete(*pending)
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last step out of the rates."""
+        self._last = time.monotonic()
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes and shows an evaluation and redraws the plot.
+
+        Args:
+            step: steps done.
+            values: numbers by name, which begin with `validation_`.
+        """
+        text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+        self.print(f"step {step}  {text}")
+        if self._writer:
+            self._writer.write(step, values)
+            self._writer.plot()
+
+    def print(self, line: str) -> None:
+        """Prints a line, above the live display where there is one."""
+        self._display.print(line)
+
+    def _complete(self, step: int, metrics: Mapping[str, jax.Array], wait: float) -> None:
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        values |= self._derived(values, seconds) | {"data_wait_seconds": wait}
+        if self._writer:
+            self._writer.write(step, values)
+        self._display.update(step, values, self._seconds_left(step, seconds))
+        limit = self._config.max_nonfinite_steps
+        if values["nonfinite_in_a_row"] >= limit:
+            raise UserError(
+                f"step {step}: loss or gradient not finite {limit} times in a row "
+                "(config.training.max_nonfinite_steps); their updates were left out and nothing of "
+                "them was saved; run again from the last checkpoint with other data or a new run "
+                "with a lower config.optimizer.learning_rate"
+            )
+
+    def _derived(self, values: Mapping[str, float], seconds: float) -> dict[str, float | None]:
+        rate, nll = values["tokens"] / seconds, values["loss"] * values["tokens"]
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return {
+            "bits_per_byte": bits_per_byte(nll, values["target_bytes"]),
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops / self._peak if self._peak else None,
+            "step_seconds": seconds,
+            "device_memory_bytes": memory,
+        }
+
+    def _seconds_left(self, step: int, seconds: float) -> float:
+        """Estimates from a running mean with a memory of about ten steps."""
+        mean = self._seconds_per_step
+        # The first step of a process compiles, and says nothing about those to come.
+        self._seconds_per_step = seconds if mean is None else min(mean, 0.9 * mean + 0.1 * seconds)
+        return self._seconds_per_step * (self._config.steps - step)
+
+
+def bits_per_byte(nll: float, text_bytes: float) -> float:
+    """Summed nll in nats to bits for each byte of the text that the targets decode to."""
+    return nll / math.log(2) / max(text_bytes, 1)

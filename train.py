@@ -1,0 +1,129 @@
+"""Trains a language model, or goes on with a run that was interrupted.
+
+    python train.py --config=configs/tiny.py --workdir=runs/tiny
+    python train.py --config=configs/tiny.py:full --workdir=runs/full \
+        --config.optimizer.learning_rate=3e-4
+
+Any field of the configuration can be set by a flag. The same command again goes on from the newest
+intact checkpoint, or says that the run is finished.
+
+Exit codes: 0 the run is finished; 1 it cannot go on (damaged checkpoints, full disk, losses that
+are not finite); 2 a flag or field is wrong; 130 or 143 Ctrl-C or SIGTERM stopped it, after saving.
+"""
+
+from asa_jax.flags import exit_on_error, run_command
+from asa_jax.training.run_directory import Run, start_run
+
+if __name__ == "__main__":
+    # Before the seconds that it takes to import jax: what can be refused now is refused now.
+    RUN = exit_on_error(start_run)
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from asa_jax.sharding import make_mesh
+from asa_jax.training.checkpoint import make_meta, restore_state
+from asa_jax.training.checkpoint_writer import CheckpointWriter
+from asa_jax.training.compilation_cache import use_compilation_cache
+from asa_jax.training.feed import Feed
+from asa_jax.training.metrics import METRICS, PLOT, TENSORBOARD
+from asa_jax.training.profile import ProfileWindow
+from asa_jax.training.run_directory import CHECKPOINTS
+from asa_jax.training.run_log import RunLog, bits_per_byte
+from asa_jax.training.signals import StopSignals
+from asa_jax.training.step import Trainer, TrainState, make_trainer
+
+
+def main(run: Run) -> int:
+    """Trains until the last step or a signal; returns the exit code."""
+    use_compilation_cache()
+    mesh = make_mesh(run.config.mesh)
+    with jax.set_mesh(mesh), StopSignals() as stop, Feed(run.config, run.sources, mesh) as feed:
+        trainer = make_trainer(run.config, mesh, run.sources[0].tokenizer().byte_lengths())
+        meta = make_meta(run.config, mesh, trainer.state, feed.fingerprint)
+        state = restore_or_start(run, trainer, feed, meta)
+        finished = train(run, trainer, state, feed, meta, stop)
+    if not finished:
+        return stop.exit_code
+    report(run)
+    return 0
+
+
+def restore_or_start(run: Run, trainer: Trainer, feed: Feed, meta: Mapping[str, Any]) -> TrainState:
+    """Returns the state of the newest usable checkpoint, with the data there too, or of step 0."""
+    restored = restore_state(run.workdir, trainer.state, meta, allow_changes=run.allow_changes)
+    if restored is None:
+        return trainer.init()
+    if restored.data is not None:
+        feed.train.set_state(restored.data)
+    return restored.state
+
+
+def train(
+    run: Run,
+    trainer: Trainer,
+    state: TrainState,
+    feed: Feed,
+    meta: Mapping[str, Any],
+    stop: StopSignals,
+) -> bool:
+    """Steps, logs, saves and evaluates; returns whether it came to the last step."""
+    config, start = run.config.training, int(state.step)
+    if start >= config.steps:
+        return True
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    with (
+        RunLog(run.workdir, run.config, num_params, start) as log,
+        CheckpointWriter(run.workdir, config.keep_checkpoints) as checkpoints,
+        ProfileWindow(run.workdir, config) as profile,
+    ):
+        log.print(
+            f"{'resumes after' if start else 'starts at'} step {start} of {config.steps}: "
+            f"{num_params:,} parameters on {jax.device_count()} {jax.devices()[0].device_kind}"
+        )
+        for step in range(start + 1, config.steps + 1):
+            profile.before(step)
+            batch, waited = feed.next()
+            state, metrics = trainer.step(state, batch)
+            log.push(step, metrics, waited)
+
+            last = step == config.steps or stop.received is not None
+            if last or step % config.checkpoint_every_steps == 0:
+                log.flush()
+                checkpoints.save(state, feed.train.get_state(), meta)
+                log.restart_clock()
+            if stop.received is not None and step < config.steps:
+                log.print(f"stopped after step {step}; the same command goes on from there")
+                return False
+            if last or (config.eval_every_steps and step % config.eval_every_steps == 0):
+                log.flush()
+                log.evaluation(step, evaluate(trainer, state.params, feed))
+                log.restart_clock()
+    return True
+
+
+def evaluate(trainer: Trainer, params: Any, feed: Feed) -> dict[str, float]:
+    """Loss and bits per byte on validation data."""
+    sums = [trainer.evaluate(params, batch) for batch in feed.validation()]
+    totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
+    return {
+        "validation_loss": totals["nll"] / max(totals["tokens"], 1),
+        "validation_bits_per_byte": bits_per_byte(totals["nll"], totals["target_bytes"]),
+    }
+
+
+def report(run: Run) -> None:
+    """Says where everything is and what to do next."""
+    if jax.process_index() != 0:
+        return
+    print(f"finished: {run.config.training.steps} steps")
+    for name in (CHECKPOINTS, METRICS, TENSORBOARD, PLOT):
+        print(f"  {name:<14} {run.workdir / name}")
+    flags = f"--config={run.config_file} --workdir={run.workdir}"
+    print(f"next:\n  python eval.py {flags}\n  python generate.py {flags} --prompt='The '")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(RUN))
