@@ -54,15 +54,24 @@ def parse_config_flag() -> Config:
     config_flags.DEFINE_config_file("config", None, "configs/NAME.py, or configs/NAME.py:ARM")
     flag = flags.FLAGS["config"]
     flag.parser = _ProjectConfigs(flag.parser)
-    app.define_help_flags()
-    stray = flags.FLAGS(sys.argv)[1:]
-    if stray:
-        raise ConfigError(f"{stray[0]!r}: unexpected argument; flags look like --name=value")
+    parse_arguments()
     values: ConfigDict | None = flags.FLAGS.config
     if values is None:
         names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.py")))
         raise ConfigError(f"--config: missing; give --config=configs/NAME.py, one of {names}")
     return config_from_dict(values.to_dict())
+
+
+def parse_arguments() -> None:
+    """Parses the command line into the flags that are defined.
+
+    Raises:
+        ConfigError: there is an argument that is no flag.
+    """
+    app.define_help_flags()
+    stray = flags.FLAGS(sys.argv)[1:]
+    if stray:
+        raise ConfigError(f"{stray[0]!r}: unexpected argument; flags look like --name=value")
 
 
 def exit_on_error[T](parse: Callable[[], T]) -> T:
