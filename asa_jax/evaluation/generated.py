@@ -33,6 +33,7 @@ TASKS_BY_LENGTH: dict[str, Task] = {
 }
 
 
+GENERATED_TASKS = {**TASKS_BY_DEPTH, **TASKS_BY_LENGTH}
 # The probe at planning time is shorter by this share: other samples may take more tokens than it.
 PROBE_MARGIN = 0.05
 
@@ -51,7 +52,7 @@ def generated_jobs(cfg: EvaluationConfig, scorer: Scorer, haystack: Haystack) ->
     Raises:
         ConfigError: a length is too short for a task.
     """
-    names = [name for name in cfg.tasks if name in TASKS_BY_DEPTH or name in TASKS_BY_LENGTH]
+    names = [name for name in cfg.tasks if name in GENERATED_TASKS]
     return [_job(cfg, name, length, scorer, haystack) for name in names for length in cfg.lengths]
 
 
@@ -63,7 +64,7 @@ def make_samples(
     A sample's number alone seeds it, so that cells of other lengths and depths hide the same
     needles in the same text: their differences are the model's.
     """
-    task = TASKS_BY_DEPTH.get(name) or TASKS_BY_LENGTH[name]
+    task = GENERATED_TASKS[name]
     return [
         task(random.Random(f"{cfg.seed} {name} {number}"), haystack, length, depth)
         for number in range(count)

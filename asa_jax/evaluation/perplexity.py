@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from asa_jax.config import EvaluationConfig
-from asa_jax.data.shards import check_vocabulary, open_token_folder
+from asa_jax.data.shards import open_token_folder
 from asa_jax.data.sources import find_files, read_documents
 from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.errors import ConfigError, DataError
@@ -65,22 +65,23 @@ class EncodedText:
         return self._tokens[start : start + length]
 
 
-def read_text_source(path: str, tokenizer: Tokenizer) -> Source:
-    """Reads and tokenizes a user's .txt, .jsonl (field `text`) or .parquet file.
+def text_sources(patterns: Sequence[str], tokenizer: Tokenizer) -> list[Source]:
+    """Reads and tokenizes a user's .txt, .jsonl (field `text`) or .parquet files.
 
     Raises:
-        DataError: it is missing, not UTF-8, or holds no text.
+        DataError: one is missing, not UTF-8, or holds no text.
     """
-    (file,) = find_files([path])
-    texts = [document.text for document in read_documents(file, "text") if document.text.strip()]
-    if not texts:
-        raise DataError(f"{path}: is empty; give a file with text")
-    return Source(Path(path).name, [EncodedText(tokenizer, texts)])
+    sources = []
+    for path in find_files(patterns):
+        texts = [document.text for document in read_documents(path, "text")]
+        texts = [text for text in texts if text.strip()]
+        if not texts:
+            raise DataError(f"{path}: is empty; give a file with text")
+        sources.append(Source(path.name, [EncodedText(tokenizer, texts)]))
+    return sources
 
 
-def validation_sources(
-    folders: Sequence[str], tokenizer: Tokenizer, vocab_size: int
-) -> list[Source]:
+def validation_sources(folders: Sequence[str], tokenizer: Tokenizer) -> list[Source]:
     """The validation splits of a run's token folders.
 
     Raises:
@@ -90,7 +91,6 @@ def validation_sources(
     sources = []
     for path in folders:
         folder = open_token_folder(path)
-        check_vocabulary(folder, vocab_size)
         if folder.tokenizer_fingerprint != tokenizer.fingerprint:
             raise ConfigError(f"{path}: was prepared with another tokenizer than the run's")
         if folder.total("validation", "documents"):

@@ -4,14 +4,17 @@ Each task makes one sample of a given length from a random generator; `single_*`
 the needle that is asked for at a given depth, the others spread theirs.
 """
 
+import glob
 import itertools
 import random
 import re
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
+from asa_jax.data.sources import find_files, read_documents
 from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.errors import DataError
 from asa_jax.evaluation.samples import Needle, Question, Sample, assemble
@@ -91,6 +94,17 @@ class Haystack:
     def noise(self) -> Iterator[np.ndarray]:
         """The same few sentences over and over."""
         return itertools.cycle(self._noise)
+
+
+def read_haystack(path: Path, tokenizer: Tokenizer) -> Haystack:
+    """Reads the filler from a .txt, .jsonl (field `text`) or .parquet file.
+
+    Raises:
+        DataError: it cannot be read or holds no words.
+    """
+    (file,) = find_files([glob.escape(str(path))])
+    texts = [document.text for document in read_documents(file, "text")]
+    return Haystack(tokenizer, "\n".join(texts), str(path))
 
 
 def single_noise(rng: random.Random, haystack: Haystack, length: int, depth: float) -> Sample:

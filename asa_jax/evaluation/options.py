@@ -1,0 +1,148 @@
+"""The command line of `eval.py`, checked without jax."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+from absl import flags
+
+from asa_jax.config import Config, EvaluationConfig, config_from_dict
+from asa_jax.data.shards import TOKENIZER
+from asa_jax.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from asa_jax.errors import CheckpointError, ConfigError
+from asa_jax.flags import PROJECT, parse_arguments
+
+DEFAULT_FILLER = PROJECT / "texts" / "validation" / "northanger_abbey.txt"
+# Lists of flags that take the place of the run's evaluation settings.
+_OVERRIDES = ("tasks", "lengths", "depths", "samples", "batch_tokens", "seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to evaluate.
+
+    Attributes:
+        workdir: of the run.
+        step: of the checkpoint; None: the newest.
+        evaluation: settings of the run where no flag takes their place.
+        tokenizer: of the run.
+        text: files whose perplexity is measured instead of the validation split.
+        filler: text that hides the needles.
+        multiple_choice: JSONL files of examples.
+        key_value: JSONL files of key-value retrieval.
+        lm_eval: JSONL files of examples, to score through lm-eval.
+        limit: examples of each file; None: all.
+        output: folder of the report.
+    """
+
+    workdir: Path
+    step: int | None
+    evaluation: EvaluationConfig
+    tokenizer: Tokenizer
+    text: list[str]
+    filler: Path
+    multiple_choice: list[Path]
+    key_value: list[Path]
+    lm_eval: list[Path]
+    limit: int | None
+    output: Path
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "run directory")
+    flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest", lower_bound=0)
+    flags.DEFINE_list("tasks", None, "tasks instead of the run's evaluation.tasks; '' for none")
+    flags.DEFINE_list("lengths", None, "window and prompt lengths in tokens")
+    flags.DEFINE_list("depths", None, "depths of needles, from 0 to 1")
+    flags.DEFINE_integer("samples", None, "generated samples of each length and depth")
+    flags.DEFINE_integer("batch_tokens", None, "tokens of one forward pass, at most")
+    flags.DEFINE_integer("seed", None, "seed of the generated tasks")
+    flags.DEFINE_multi_string("text", [], "text file for the perplexity task, instead of the run's")
+    flags.DEFINE_string("filler", str(DEFAULT_FILLER), "text file that hides the needles")
+    flags.DEFINE_multi_string("multiple_choice", [], "JSONL file of examples; docs/evaluation.md")
+    flags.DEFINE_multi_string("key_value", [], "JSONL file of key-value retrieval")
+    flags.DEFINE_multi_string("lm_eval", [], "JSONL file to score through lm-eval (extra 'eval')")
+    flags.DEFINE_integer("limit", None, "examples of each file; default: all", lower_bound=1)
+    flags.DEFINE_string("output", None, "folder of the report; default: WORKDIR/evaluation")
+
+
+def parse_options() -> Options:
+    """Parses and checks the command line.
+
+    Raises:
+        ConfigError: a flag is missing or wrong.
+        CheckpointError: --workdir holds no run.
+    """
+    _define_flags()
+    parse_arguments()
+    given = flags.FLAGS
+    if not given.workdir:
+        raise ConfigError("--workdir: missing; give a run directory, such as --workdir=runs/tiny")
+    workdir = Path(given.workdir).expanduser()
+    if given.lm_eval and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("--lm_eval: lm-eval is not installed; run pip install -e '.[eval]'")
+    return Options(
+        workdir=workdir,
+        step=given.step,
+        evaluation=_evaluation(read_run_config(workdir).evaluation),
+        tokenizer=load_run_tokenizer(workdir),
+        text=given.text,
+        filler=_existing("filler", given.filler),
+        multiple_choice=[_existing("multiple_choice", path) for path in given.multiple_choice],
+        key_value=[_existing("key_value", path) for path in given.key_value],
+        lm_eval=[_existing("lm_eval", path) for path in given.lm_eval],
+        limit=given.limit,
+        output=Path(given.output).expanduser() if given.output else workdir / "evaluation",
+    )
+
+
+def read_run_config(workdir: Path) -> Config:
+    """Reads the configuration that a run left as JSON.
+
+    Raises:
+        CheckpointError: there is no run, or its config.json is broken.
+        ConfigError: a field is not known to this version.
+    """
+    path = workdir / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); give the --workdir of a trained run"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: broken JSON ({error})") from None
+    return config_from_dict(values)
+
+
+def load_run_tokenizer(workdir: Path) -> Tokenizer:
+    """Loads the tokenizer that a run was trained with; a run of bytes has no file for it."""
+    path = workdir / TOKENIZER
+    return load_tokenizer(path if path.exists() else BYTES)
+
+
+def _evaluation(config: EvaluationConfig) -> EvaluationConfig:
+    changes = {name: value for name in _OVERRIDES if (value := flags.FLAGS[name].value) is not None}
+    if "lengths" in changes:
+        changes["lengths"] = _numbers("lengths", changes["lengths"], int)
+    if "depths" in changes:
+        changes["depths"] = _numbers("depths", changes["depths"], float)
+    if "tasks" in changes:
+        changes["tasks"] = tuple(changes["tasks"])
+    return dataclasses.replace(config, **changes)
+
+
+def _numbers[T: (int, float)](name: str, texts: list[str], kind: type[T]) -> tuple[T, ...]:
+    try:
+        return tuple(kind(text) for text in texts)
+    except ValueError:
+        raise ConfigError(
+            f"--{name}={','.join(texts)}: must be numbers with commas between"
+        ) from None
+
+
+def _existing(flag: str, path: str) -> Path:
+    if not Path(path).is_file():
+        raise ConfigError(f"--{flag}={path}: no such file")
+    return Path(path)
