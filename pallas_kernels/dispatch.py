@@ -1,27 +1,86 @@
-"""Which implementation of an operation runs."""
+"""Which implementation of an operation runs.
 
+Every operation has an XLA form, which runs anywhere, and a Mosaic GPU kernel for Hopper GPUs. A
+kernel says that it cannot take a call by raising NotImplementedError while it is traced.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
 from typing import Literal
+
+import jax
 
 Implementation = Literal["mosaic_gpu", "xla"]
 
+_log = logging.getLogger(__name__)
 
-def resolve(op: str, implementation: Implementation | None) -> Implementation:
-    """Returns the implementation to run: the one asked for, or the best one that exists.
+
+def run[Result](
+    op: str,
+    implementation: Implementation | None,
+    *,
+    mosaic_gpu: Callable[[], Result],
+    xla: Callable[[], Result],
+) -> Result:
+    """Computes an operation by the implementation asked for, or by the best that takes the call.
 
     Args:
       op: Name of the operation, for messages.
-      implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
+      implementation: 'mosaic_gpu', 'xla', or None: the kernel on a Hopper GPU, if it takes the
+        call, else XLA, which is logged once for each reason.
+      mosaic_gpu: Calls the kernel.
+      xla: Calls the XLA form.
 
     Raises:
-      NotImplementedError: The implementation asked for does not exist for this operation.
+      NotImplementedError: The kernel was asked for by name and cannot take the call.
       ValueError: The name is unknown.
     """
-    if implementation == "mosaic_gpu":
-        raise NotImplementedError(
-            f"{op}: there is no mosaic_gpu kernel yet; use implementation='xla' or None"
-        )
-    if implementation not in (None, "xla"):
+    if implementation not in (None, "mosaic_gpu", "xla"):
         raise ValueError(
             f"implementation: expected 'mosaic_gpu', 'xla' or None, got {implementation!r}"
         )
-    return "xla"
+    if implementation == "xla" or (implementation is None and not is_hopper()):
+        return xla()
+    if not is_hopper():
+        raise NotImplementedError(
+            f"{op}: mosaic_gpu needs a Hopper GPU, this is {_device_kind()}; "
+            "use implementation='xla' or None"
+        )
+    try:
+        return mosaic_gpu()
+    except NotImplementedError as error:
+        if implementation == "mosaic_gpu":
+            raise NotImplementedError(f"{op}: {error}") from error
+        _log_fallback(op, str(error))
+        return xla()
+
+
+def is_hopper() -> bool:
+    """Returns whether JAX's default device is a GPU of compute capability 9."""
+    return jax.default_backend() == "gpu" and jax.devices()[0].compute_capability.startswith("9.")
+
+
+def describe(implementation: Implementation | None) -> str:
+    """Returns one line for the start of a program: what this implementation means here."""
+    if implementation == "xla" or (implementation is None and not is_hopper()):
+        return f"attention: xla on {_device_kind()}"
+    return f"attention: mosaic_gpu kernels on {_device_kind()}"
+
+
+def _device_kind() -> str:
+    return jax.devices()[0].device_kind
+
+
+@functools.cache  # so once for each reason
+def _log_fallback(op: str, reason: str) -> None:
+    _log.warning("%s runs in XLA instead of mosaic_gpu: %s", op, reason)
+
+
+def resolve(op: str, implementation: Implementation | None) -> Implementation:
+    """Returns 'xla', for the operations whose kernel is not wired yet; see `run`."""
+    return run(op, implementation, mosaic_gpu=_no_kernel, xla=lambda: "xla")
+
+
+def _no_kernel() -> Implementation:
+    raise NotImplementedError("there is no kernel yet; use implementation='xla' or None")
