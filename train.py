@@ -121,8 +121,10 @@ def report(run: Run) -> None:
     print(f"finished: {run.config.training.steps} steps")
     for name in (CHECKPOINTS, METRICS, TENSORBOARD, PLOT):
         print(f"  {name:<14} {run.workdir / name}")
-    flags = f"--config={run.config_file} --workdir={run.workdir}"
-    print(f"next:\n  python eval.py {flags}\n  python generate.py {flags} --prompt='The '")
+    print(
+        f"next:\n  python eval.py --workdir={run.workdir}\n"
+        f"  python generate.py --workdir={run.workdir} --prompt='The '"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from absl import flags
-from ml_collections import config_flags
 
 from asa_jax.config import Config, config_to_dict
 from asa_jax.data.shards import TOKENIZER, TokenFolder, check_vocabulary, open_token_folder
@@ -48,7 +47,6 @@ class Run(NamedTuple):
 
     Attributes:
         config: the configuration.
-        config_file: what `--config` was given.
         workdir: its run directory.
         sources: opened token folders, of one tokenizer.
         allow_changes: go on although configuration or data differ from those of the run.
@@ -56,7 +54,6 @@ class Run(NamedTuple):
     """
 
     config: Config
-    config_file: str
     workdir: Path
     sources: list[TokenFolder]
     allow_changes: bool
@@ -78,8 +75,7 @@ def start_run() -> Run:
     tokenizer = sources[0].path / TOKENIZER
     if sources[0].tokenizer_fingerprint != BYTES:
         shutil.copyfile(tokenizer, workdir / TOKENIZER)
-    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-    return Run(config, config_file, workdir, sources, allow.value, lock)
+    return Run(config, workdir, sources, allow.value, lock)
 
 
 def open_sources(config: Config) -> list[TokenFolder]:

@@ -37,7 +37,7 @@ class RunLog:
         self._flops = flops_per_token(config.model, num_params, config.data.sequence_length)
         self._peak = peak_flops(config.model)
         self._pending: tuple[int, Mapping[str, jax.Array], float] | None = None
-        self._seconds_per_step: float | None = None
+        self._completed, self._seconds_per_step = 0, 0.0
         self._files = ExitStack()
         first = jax.process_index() == 0
         self._writer = MetricsWriter(workdir, start_step) if first else None
@@ -136,9 +136,10 @@ class RunLog:
 
     def _seconds_left(self, step: int, seconds: float) -> float:
         """Estimates from a running mean with a memory of about ten steps."""
-        mean = self._seconds_per_step
-        # The first step of a process compiles, and says nothing about those to come.
-        self._seconds_per_step = seconds if mean is None else min(mean, 0.9 * mean + 0.1 * seconds)
+        self._completed += 1
+        # The first steps of a process wait for compilation, which says nothing about those to come.
+        memory = 0.9 if self._completed > 3 else 0.0
+        self._seconds_per_step = memory * self._seconds_per_step + (1 - memory) * seconds
         return self._seconds_per_step * (self._config.steps - step)
 
 
