@@ -72,8 +72,12 @@ def get_config(arm: str = "asa") -> ConfigDict:
     )
     config.evaluation.update(
         {
-            "lengths": (128, 256, 512),
-            "samples": 10,
+            # Twice the training length shows how far the model extrapolates.
+            "lengths": (512, 1024),
+            "depths": (0.0, 0.5, 1.0),
+            "samples": 4,
+            "batch_tokens": 4096,
+            "perplexity_tokens": 65536,
             "position_bucket_tokens": 64,
         }
     )
