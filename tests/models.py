@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import jax
+import numpy as np
+
 from asa_jax.config import ModelConfig, config_from_dict
+from asa_jax.model.transformer import abstract_model
 from configs import base
 
 
@@ -45,3 +49,23 @@ def tiny_model_config(kinds: tuple[str, ...], **overrides: Any) -> ModelConfig:
         }
     )
     return config_from_dict(config.to_dict()).model
+
+
+def random_params(cfg: ModelConfig, seed: int = 0) -> Any:
+    """Parameters of a model, drawn by numpy: compiling `init_params` takes seconds.
+
+    Args:
+        cfg: the architecture.
+        seed: of the draws.
+
+    Returns:
+        Nested dict of float32 arrays: norm scales around 1, weights around 0.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        values = rng.standard_normal(shape.shape, np.float32)
+        is_scale = path[-1].key == "scale"
+        return 1 + 0.1 * values if is_scale else cfg.init_stddev * values
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_model(cfg)[1])
