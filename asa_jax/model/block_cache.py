@@ -55,10 +55,11 @@ def update_selection(
     Returns:
         int32 [B, K, L], ascending, -1 at the end.
     """
-    per_block = cfg.selection_block_size // cfg.compression_stride
+    # As many tokens as a cache with this many complete blocks can hold.
+    tokens = cfg.compression_stride * probabilities.shape[-1] + cfg.compression_block_size - 1
     importance = block_importance(
         probabilities,
-        num_blocks=probabilities.shape[-1] // per_block + 1,
+        num_blocks=-(-tokens // cfg.selection_block_size),
         block_size=cfg.selection_block_size,
         compression_block_size=cfg.compression_block_size,
         compression_stride=cfg.compression_stride,

@@ -223,7 +223,8 @@ class GroupLatentAttention(nnx.Module):
         self, query: jax.Array, cache: GlobalCache, block_indices: jax.Array, position: jax.Array
     ) -> jax.Array:
         tokens, visible = selected_tokens(block_indices, position, self.cfg.selection_block_size)
-        latent = jnp.take_along_axis(cache.latent, tokens[..., None], axis=1)
+        # The newest block may reach behind the cache, where nothing is visible.
+        latent = jnp.take_along_axis(cache.latent, tokens[..., None], axis=1, mode="clip")
         rope_key = cache.rope_key[jnp.arange(tokens.shape[0])[:, None, None], tokens]
         key = _join(latent, rope_key)
         output, _ = attend_cache(query, key, latent, visible, self.scale)

@@ -182,7 +182,10 @@ class NativeSparseAttention(nnx.Module):
             tokens, visible = selected_tokens(
                 block_indices, position, self.cfg.selection_block_size
             )
-            key, value = (jnp.take_along_axis(a, tokens[..., None], axis=1) for a in cache.tokens)
+            # The newest block may reach behind the cache, where nothing is visible.
+            key, value = (
+                jnp.take_along_axis(a, tokens[..., None], axis=1, mode="clip") for a in cache.tokens
+            )
             outputs["selection"], _ = attend_cache(query[:, 0], key, value, visible, self.scale)
             cache = cache._replace(block_indices=block_indices)
         if "window" in self.cfg.nsa_branches:
