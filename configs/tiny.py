@@ -78,7 +78,7 @@ def get_config(arm: str = "asa") -> ConfigDict:
             "samples": 4,
             "batch_tokens": 4096,
             "perplexity_tokens": 65536,
-            "position_bucket_tokens": 64,
+            "position_bucket_tokens": 128,
         }
     )
     return arms.set_arm(config, arm, num_layers=4, mlp_sizes=MLP_SIZES)
