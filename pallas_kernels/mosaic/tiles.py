@@ -1,0 +1,82 @@
+"""Tiles of a warpgroup: their layout in shared memory, and the products of the tensor cores.
+
+A warpgroup multiplies tiles of 64 rows. An operand in shared memory is cut in tiles of 8 rows by
+one swizzle width; a result is in registers, each row of it in four threads, so that reductions
+along a row stay inside a warp.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+ROWS = 64  # rows of a tile: the least that the tensor cores take
+LOG2E = math.log2(math.e)  # scores are kept in base 2, the base of the hardware's exponential
+LAYOUT = plgpu.Layout.WGMMA
+BY_ROW = LAYOUT.reduce(1)  # of a vector with one number a row of a tile
+NO_MAXIMUM = -1e30  # of a row without keys so far: finite, since -inf - -inf would be NaN
+
+
+def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
+    """Returns the tiling and the widest swizzle that rows of `width` numbers allow."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = next(size for size in (128, 64, 32) if width * itemsize % size == 0)
+    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def tiled(shape: Sequence[int], dtype: Any) -> Any:
+    """Returns a buffer in shared memory for operands of `matmul`, the last axis tiled."""
+    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms(shape[-1], dtype))
+
+
+def zeros(shape: tuple[int, ...]) -> jax.Array:
+    """Returns float32 zeros in registers, a tile or a vector with one number a row of it."""
+    layout = LAYOUT if len(shape) == 2 else BY_ROW
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def across(vector: jax.Array, width: int) -> jax.Array:
+    """Repeats a vector with one number a row: [M] -> [M, width]."""
+    return lax.broadcast_in_dim(vector, (vector.shape[0], width), [0])
+
+
+def row_ids(num_rows: int = ROWS) -> jax.Array:
+    """Returns 0, 1, .. as a vector with one number a row."""
+    return plgpu.broadcasted_iota(jnp.int32, (num_rows,), 0, layout=BY_ROW)
+
+
+def column_ids(num_rows: int, num_columns: int) -> jax.Array:
+    """Returns a tile that holds the number of its column everywhere."""
+    return plgpu.broadcasted_iota(jnp.int32, (num_rows, num_columns), 1, layout=LAYOUT)
+
+
+def transposed(ref: Any) -> Any:
+    """Views an operand in shared memory transposed."""
+    return ref.transpose((1, 0))
+
+
+def matmul(*pairs: tuple[Any, Any]) -> jax.Array:
+    """Sums products of operands in shared memory, [M, X] @ [X, N], in float32 registers."""
+
+    def body(accumulator: Any) -> jax.Array:
+        for left, right in pairs:
+            plgpu.wgmma(accumulator, left, right)
+        return accumulator[...]
+
+    left, right = pairs[0]
+    return pl.run_scoped(body, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+
+
+def add_matmul(sums: jax.Array, left: Any, right: Any, *, interpret: Any = None) -> jax.Array:
+    """Adds left @ right to float32 registers; `left` in registers or shared memory, `right` there.
+
+    Interpret mode of jax 0.11 knows no wgmma that starts from sums, so there it is a plain product.
+    """
+    if interpret:
+        return sums + jnp.dot(left[...].astype(jnp.float32), right[...].astype(jnp.float32))
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(sums))
