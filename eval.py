@@ -27,7 +27,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from asa_jax.config import MeshConfig, config_to_dict
+from asa_jax.config import Config, MeshConfig, config_to_dict
 from asa_jax.errors import ConfigError
 from asa_jax.evaluation.generated import GENERATED_TASKS, generated_jobs, key_value_job
 from asa_jax.evaluation.multiple_choice import choice_job
@@ -51,7 +51,7 @@ def main(options: Options) -> None:
     config, params, step = restore_params(options.workdir, mesh, options.step)
     config = dataclasses.replace(config, evaluation=options.evaluation)
     scorer = Scorer(config, params, options.tokenizer, mesh)
-    jobs = plan(options, config.data.sources, scorer)
+    jobs = plan(options, config, scorer)
 
     results: list[Result] = []
     try:
@@ -69,12 +69,13 @@ def main(options: Options) -> None:
             report(options, step, header, results)
 
 
-def plan(options: Options, folders: tuple[str, ...], scorer: Scorer) -> list[Job]:
+def plan(options: Options, config: Config, scorer: Scorer) -> list[Job]:
     """Reads and checks the input of everything that is to be measured."""
-    cfg, tokenizer = options.evaluation, scorer.tokenizer
+    cfg, tokenizer = config.evaluation, scorer.tokenizer
     jobs: list[Job] = []
     if "perplexity" in cfg.tasks:
-        texts = text_sources(options.text, tokenizer) or validation_sources(folders, tokenizer)
+        texts = text_sources(options.text, tokenizer)
+        texts = texts or validation_sources(config.data.sources, tokenizer)
         jobs += perplexity_jobs(cfg, scorer, texts)
     if set(cfg.tasks) & set(GENERATED_TASKS):
         jobs += generated_jobs(cfg, scorer, read_haystack(options.filler, tokenizer))
@@ -84,7 +85,8 @@ def plan(options: Options, folders: tuple[str, ...], scorer: Scorer) -> list[Job
         # lm-eval is an extra.
         from asa_jax.evaluation.lm_eval_adapter import harness_job
 
-        jobs.append(harness_job(options.lm_eval, scorer, options.limit))
+        window = config.data.sequence_length
+        jobs.append(harness_job(options.lm_eval, scorer, window, options.limit))
     if not jobs:
         raise ConfigError("--tasks: nothing to measure; name tasks or give files")
     return jobs
