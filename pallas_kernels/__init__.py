@@ -1,5 +1,5 @@
-"""Sparse attention operations for JAX: one folder an operation.
+"""Sparse attention operations for JAX, one folder an operation.
 
-`<op>/api.py` is the one function to call, `<op>/reference.py` its definition in XLA. Nothing is imported here, so
-that importing one operation never loads another.
+`<op>/api.py` is the one function to call, `<op>/reference.py` its definition in XLA. Nothing is
+imported here, so that importing one operation never loads another.
 """

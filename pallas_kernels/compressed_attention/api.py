@@ -18,11 +18,11 @@ def compressed_attention(
     scale: float | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, N, h], [B, T, N]
-    """Attends from each token to the compressed blocks that are complete at it (NSA, arXiv 2502.11089).
+    """Attends from each token to the compressed blocks that are complete at it.
 
-    Compressed block j stands for tokens stride * j .. stride * j + block_size - 1. Token t sees it when its last
-    token is at t or before and the block lies in the document of t:
-    o_t = sum_j softmax_j(scale * q_t . k_j) v_j.
+    Compressed block j stands for tokens stride * j .. stride * j + block_size - 1. Token t sees it
+    when its last token is at t or before and the block lies in the document of t:
+    o_t = sum_j softmax_j(scale * q_t . k_j) v_j (NSA, arXiv 2502.11089).
 
     Args:
       query: [B, T, N, H].
@@ -36,8 +36,9 @@ def compressed_attention(
       implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
 
     Returns:
-      Output [B, T, N, h] in query's dtype and log-sum-exp of the scores [B, T, N], at least float32. A row that
-      sees no block (the first block_size - 1 tokens of a document) has output 0, lse -inf and finite gradients.
+      Output [B, T, N, h] in query's dtype; log-sum-exp of the scores [B, T, N], float32 or better.
+      A row that sees no block (the first block_size - 1 tokens of a document, padding) has output
+      0, lse -inf and gradient 0.
 
     Raises:
       ValueError: An argument has a wrong shape, type or size.

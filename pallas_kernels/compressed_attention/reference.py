@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels import blocks, chunking
-from pallas_kernels.masked_attention import masked_attention, merge_heads, split_heads
+from pallas_kernels.masked_attention import masked_attention, statistics_dtype
 
 
 def compressed_attention(
@@ -15,17 +15,18 @@ def compressed_attention(
     segment_ids: jax.Array | None,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.compressed_attention`."""
+    """See `api.compressed_attention`; value is given."""
     batch, length, num_heads, _ = query.shape
+    num_blocks = key.shape[1]
+    sums = statistics_dtype(query.dtype)  # the gradient adds up over chunks
+    key, value = key.astype(sums), value.astype(sums)
 
-    def attend(query, segments, positions):
-        visible = blocks.visible_blocks(
-            positions, segments, segment_ids, key.shape[1], block_size, stride
-        )
-        query = split_heads(query, key.shape[2])
-        output, lse = masked_attention(query, key, value, visible[:, None, :, None], scale)
-        return merge_heads(output), lse.reshape(*lse.shape[:2], num_heads)
+    def attend(
+        query: jax.Array, positions: jax.Array, first_visible: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        visible = blocks.complete_blocks(positions, first_visible, num_blocks, block_size, stride)
+        return masked_attention(query, key, value, visible[:, None], scale)
 
-    arrays = (query, segment_ids, blocks.token_positions(length))
-    chunk_size = chunking.rows_per_chunk(batch * num_heads * key.shape[1])
+    arrays = (query, blocks.token_positions(length), blocks.visible_from(segment_ids, length))
+    chunk_size = chunking.rows_per_chunk(batch * num_heads * num_blocks)
     return chunking.map_chunks(attend, arrays, chunk_size)

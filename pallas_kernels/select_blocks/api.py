@@ -22,29 +22,30 @@ def select_blocks(
 ) -> jax.Array:  # [B, M, K, L]
     """Chooses, for each group of queries and each key head, the most important blocks of tokens.
 
-    The importance of a block is the compressed attention that the group's first query pays to it, summed over the
-    query heads of the key head (NSA, arXiv 2502.11089; `reference.block_importance`). The first block of the
-    document, the block of the query and the one before it are always chosen and count inside L. Equal importance
-    goes to the lower index. No gradient flows through the choice.
+    The importance of a block is the compressed attention that the first query of the group pays to
+    it, summed over the query heads of the key head (NSA, arXiv 2502.11089; see
+    `reference.block_importance`). The first block of the document, the block of the query and the
+    one before it are always chosen and count inside L; a list too short for the three keeps the
+    nearest. Equal importance goes to the lower index. No gradient flows through the choice.
 
     Args:
       query: [B, T, N, H], as given to compressed_attention.
       key: [B, C, K, H], the compressed keys.
-      lse: [B, T, N], as returned by compressed_attention.
+      lse: [B, T, N], as compressed_attention returned it.
       num_selected_blocks: L.
       block_size: Tokens of a block to select.
       compression_block_size: Tokens of a compressed block.
       compression_stride: Tokens between the starts of neighbouring compressed blocks.
-      queries_per_selection: Consecutive queries that share a list; divides block_size, so that all of them lie in
-        one block.
-      segment_ids: int32 [B, T], document of each token, 0 = padding; None = one document a row. Documents start at
-        multiples of block_size.
+      queries_per_selection: Consecutive queries that share a list; divides block_size, so that all
+        of them lie in one block.
+      segment_ids: int32 [B, T], document of each token, 0 = padding; None = one document a row.
+        Documents start at multiples of block_size.
       scale: Factor of the scores; None = 1 / sqrt(H).
       implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
 
     Returns:
-      int32 [B, M, K, L], M = ceil(T / queries_per_selection): block numbers of the row, ascending, then -1 where
-      fewer than L blocks exist. A group of padding has -1 only.
+      int32 [B, M, K, L], M = ceil(T / queries_per_selection): block numbers of the row, ascending,
+      then -1 where fewer than L blocks exist. A group of padding has -1 only.
 
     Raises:
       ValueError: An argument has a wrong shape, type or size.
@@ -57,10 +58,8 @@ def select_blocks(
         compression_stride=compression_stride,
         queries_per_selection=queries_per_selection,
     )
-    arguments.check_divides(
-        "queries_per_selection", queries_per_selection, "block_size", block_size
-    )
-    arguments.check_divides("compression_stride", compression_stride, "block_size", block_size)
+    arguments.check_divides_block_size("queries_per_selection", queries_per_selection, block_size)
+    arguments.check_divides_block_size("compression_stride", compression_stride, block_size)
     num_blocks = blocks.number_of_blocks(query.shape[1], compression_block_size, compression_stride)
     arguments.check_query_key(query, key, num_blocks)
     arguments.check_shape("lse", lse, query.shape[:3])

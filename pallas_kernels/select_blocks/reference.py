@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import blocks, chunking
-from pallas_kernels.masked_attention import attention_scores, split_heads
+from pallas_kernels.masked_attention import attention_scores, to_rows
 
 
 def block_importance(
@@ -17,10 +17,11 @@ def block_importance(
 ) -> jax.Array:
     """Importance of each selection block to a group of heads that attends to compressed blocks.
 
-    Sums the heads; selection block j then sums the compressed blocks that share tokens with it, each weighted by
-    shared tokens / stride. Blocks of 64 over compressed blocks of 32 every 16 tokens weigh compressed blocks
-    4j-1 .. 4j+3 by 1, 2, 2, 2, 1 (NSA, arXiv 2502.11089, equation 9, with its indices shifted to where the tokens
-    overlap). One block size for both and a stride equal to it is the identity.
+    Sums the heads; selection block j then sums the compressed blocks that share tokens with it,
+    each weighted by shared tokens / stride. Blocks of 64 over compressed blocks of 32 every 16
+    tokens weigh compressed blocks 4j-1 .. 4j+3 by 1, 2, 2, 2, 1 (NSA, arXiv 2502.11089, with its
+    printed indices shifted to where the tokens overlap). Blocks of one size, with a stride equal to
+    it, weigh each block by 1: importance is then compressed attention itself.
 
     Args:
       probabilities: [..., G, C] attention of each head to each compressed block.
@@ -60,51 +61,37 @@ def select_blocks(
 ) -> jax.Array:
     """See `api.select_blocks`."""
     batch, length, num_heads, _ = query.shape
-    num_kv_heads = key.shape[2]
+    num_compressed, num_kv_heads = key.shape[1:3]
     num_blocks = -(-length // block_size)
 
-    def choose(query, lse, positions, segments, starts):
-        scores = attention_scores(split_heads(query, num_kv_heads), key, scale)
-        lse = lse.reshape(*lse.shape[:2], num_kv_heads, -1).transpose(0, 2, 1, 3)
-        visible = blocks.visible_blocks(
-            positions,
-            segments,
-            segment_ids,
-            key.shape[1],
-            compression_block_size,
-            compression_stride,
+    def choose(
+        query: jax.Array, lse: jax.Array, positions: jax.Array, first_visible: jax.Array
+    ) -> jax.Array:
+        visible = blocks.complete_blocks(
+            positions, first_visible, num_compressed, compression_block_size, compression_stride
         )
-        probabilities = jnp.where(visible[:, None, :, None], jnp.exp(scores - lse[..., None]), 0)
+        rows = jnp.exp(attention_scores(query, key, scale) - to_rows(lse[..., None], num_kv_heads))
+        probabilities = rows.reshape(
+            batch, num_kv_heads, query.shape[1], num_heads // num_kv_heads, num_compressed
+        )
         importance = block_importance(
-            probabilities,
+            jnp.where(visible[:, None, :, None], probabilities, 0),
             num_blocks=num_blocks,
             block_size=block_size,
             compression_block_size=compression_block_size,
             compression_stride=compression_stride,
         )
-        own = positions // block_size
-        if segments is not None:
-            own = jnp.where(segments > 0, own, -1)
-        first = jnp.zeros_like(own) if starts is None else starts // block_size
-        own, first = (x[:, None, :, None] for x in (own, first))
-        chosen = choose_blocks(importance, own, first, num_selected_blocks)
-        return chosen.transpose(0, 2, 1, 3)
+        own = jnp.where(first_visible <= positions, positions // block_size, -1)
+        own, first = (array[:, None, :, None] for array in (own, first_visible // block_size))
+        return choose_blocks(importance, own, first, num_selected_blocks).swapaxes(1, 2)
 
-    every = slice(None, None, queries_per_selection)
-    arrays = (
-        query[:, every],
-        lse[:, every],
-        blocks.token_positions(length)[:, every],
-        None if segment_ids is None else segment_ids[:, every],
-        None if segment_ids is None else blocks.document_starts(segment_ids)[:, every],
-    )
-    chunk_size = chunking.rows_per_chunk(batch * num_heads * max(key.shape[1], num_blocks))
-    return chunking.map_chunks(choose, arrays, chunk_size)
+    arrays = (query, lse, blocks.token_positions(length), blocks.visible_from(segment_ids, length))
+    first_queries = tuple(array[:, ::queries_per_selection] for array in arrays)
+    chunk_size = chunking.rows_per_chunk(batch * num_heads * max(num_compressed, num_blocks))
+    return chunking.map_chunks(choose, first_queries, chunk_size)
 
 
-def choose_blocks(
-    importance: jax.Array, own: jax.Array, first: jax.Array, count: int
-) -> jax.Array:
+def choose_blocks(importance: jax.Array, own: jax.Array, first: jax.Array, count: int) -> jax.Array:
     """The own block, the one before it, the first, and then the most important in between.
 
     Args:
@@ -125,7 +112,7 @@ def choose_blocks(
 
 
 def largest(values: jax.Array, count: int) -> jax.Array:
-    """Indices of the `count` largest values above -inf, ascending, then -1; ties to the lower index."""
+    """Indices of the `count` largest values above -inf, ascending, then -1; ties to the lower."""
     size = values.shape[-1]
     top_values, top_indices = jax.lax.top_k(values, min(count, size))
     ascending = jnp.sort(jnp.where(top_values > -jnp.inf, top_indices, size), axis=-1)

@@ -1,7 +1,6 @@
 """Entry point of selected_attention."""
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import arguments, dispatch
 from pallas_kernels.selected_attention import reference
@@ -22,15 +21,16 @@ def selected_attention(
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, N, h], [B, T, N]
     """Attends from each token to the tokens, up to itself, of the blocks on its group's list.
 
-    o_t = sum_s softmax_s(scale * q_t . k_s) v_s over s <= t of t's document with s // block_size on the list of
-    query group t // queries_per_selection (NSA, arXiv 2502.11089; queries that share a list: ASA, arXiv 2511.00819).
+    o_t = sum_s softmax_s(scale * q_t . k_s) v_s over the s <= t of t's document whose block
+    s // block_size is on the list of group t // queries_per_selection (NSA, arXiv 2502.11089;
+    queries that share a list: ASA, arXiv 2511.00819).
 
     Args:
       query: [B, T, N, H].
       key: [B, T, K, H]; K divides N, query head n reads key head n // (N // K).
       value: [B, T, K, h], or None: the first `value_dim` numbers of each key.
-      block_indices: int32 [B, M, K, L], M = ceil(T / queries_per_selection); block numbers of the row in any order,
-        -1 = none; a block listed twice counts once.
+      block_indices: int32 [B, M, K, L], M = ceil(T / queries_per_selection); block numbers of the
+        row in any order, -1 = none; a block listed twice counts once.
       block_size: Tokens of a block.
       queries_per_selection: Consecutive queries that share a list; divides block_size.
       value_dim: h, needed where value is None.
@@ -39,8 +39,8 @@ def selected_attention(
       implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
 
     Returns:
-      Output [B, T, N, h] in query's dtype and log-sum-exp of the scores [B, T, N], at least float32. A row that
-      sees no key (padding, an empty list) has output 0, lse -inf and finite gradients.
+      Output [B, T, N, h] in query's dtype; log-sum-exp of the scores [B, T, N], float32 or better.
+      A row that sees no key (padding, an empty list) has output 0, lse -inf and gradient 0.
 
     Raises:
       ValueError: An argument has a wrong shape, type or size.
@@ -49,10 +49,12 @@ def selected_attention(
     arguments.check_query_key(query, key, query.shape[1])
     arguments.check_value(key, value, value_dim)
     arguments.check_positive(block_size=block_size, queries_per_selection=queries_per_selection)
-    arguments.check_divides(
-        "queries_per_selection", queries_per_selection, "block_size", block_size
-    )
-    check_block_indices(block_indices, query, key, queries_per_selection)
+    arguments.check_divides_block_size("queries_per_selection", queries_per_selection, block_size)
+    if block_indices.ndim != 4:
+        raise ValueError(f"block_indices: expected [B, M, K, L], got {list(block_indices.shape)}")
+    num_groups = -(-query.shape[1] // queries_per_selection)
+    list_shape = (query.shape[0], num_groups, key.shape[2], block_indices.shape[3])
+    arguments.check_integers("block_indices", block_indices, list_shape)
     arguments.check_segment_ids(segment_ids, query)
     dispatch.resolve("selected_attention", implementation)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -60,20 +62,3 @@ def selected_attention(
     return reference.selected_attention(
         query, key, value, block_indices, block_size, queries_per_selection, segment_ids, scale
     )
-
-
-def check_block_indices(
-    block_indices: jax.Array, query: jax.Array, key: jax.Array, queries_per_selection: int
-) -> None:
-    """Checks block_indices, integers [B, M, K, L]."""
-    num_groups = -(-query.shape[1] // queries_per_selection)
-    arguments.check_shape(
-        "block_indices",
-        block_indices,
-        (query.shape[0], num_groups, key.shape[2], *block_indices.shape[3:4]),
-    )
-    if block_indices.ndim != 4 or not jnp.issubdtype(block_indices.dtype, jnp.integer):
-        raise ValueError(
-            f"block_indices: expected integers [B, M, K, L], got {block_indices.dtype} "
-            f"{list(block_indices.shape)}"
-        )

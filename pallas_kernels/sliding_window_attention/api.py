@@ -19,7 +19,8 @@ def sliding_window_attention(
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, N, h], [B, T, N]
     """Attends from each token to the last `window_size` tokens of its document, itself included.
 
-    o_t = sum_{t-w < s <= t} softmax_s(scale * q_t . k_s) v_s; a window of T tokens or more is full causal attention.
+    o_t = sum_{t-w < s <= t} softmax_s(scale * q_t . k_s) v_s (Longformer, arXiv 2004.05150); a
+    window of T tokens or more is full causal attention.
 
     Args:
       query: [B, T, N, H].
@@ -32,8 +33,8 @@ def sliding_window_attention(
       implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
 
     Returns:
-      Output [B, T, N, h] in query's dtype and log-sum-exp of the scores [B, T, N], at least float32. A row that
-      sees no key (padding) has output 0, lse -inf and finite gradients.
+      Output [B, T, N, h] in query's dtype; log-sum-exp of the scores [B, T, N], float32 or better.
+      A row that sees no key (padding) has output 0, lse -inf and gradient 0.
 
     Raises:
       ValueError: An argument has a wrong shape, type or size.

@@ -1,14 +1,14 @@
 """Definition of sliding_window_attention in XLA.
 
-Queries are cut in bands of consecutive tokens; a band sees its own keys and those of the few bands before it that
-the window reaches, so that scores are [T, band + window] and never [T, T].
+A row is cut in bands as long as the window, so that a query sees keys of its own band and of the
+one before it only: the scores are [T, 2 * window].
 """
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import blocks, chunking
-from pallas_kernels.masked_attention import masked_attention, merge_heads, split_heads
+from pallas_kernels.masked_attention import masked_attention, statistics_dtype
 
 
 def sliding_window_attention(
@@ -19,56 +19,48 @@ def sliding_window_attention(
     segment_ids: jax.Array | None,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.sliding_window_attention`."""
+    """See `api.sliding_window_attention`; value is given."""
     batch, length, num_heads, _ = query.shape
     band_size = min(window_size, length)
-    num_previous = -(-(window_size - 1) // band_size)
-    num_previous = min(num_previous, -(-length // band_size) - 1)
+    num_bands = -(-length // band_size)
+    num_keys = band_size if num_bands == 1 else 2 * band_size
 
-    def bands(array: jax.Array) -> jax.Array:  # [B, T, ...] -> [B, T / band, band, ...]
-        padded = chunking.pad_axis1(array, band_size)
-        return padded.reshape(array.shape[0], -1, band_size, *array.shape[2:])
+    def bands(array: jax.Array) -> jax.Array:  # [B, T, ...] -> [B, bands, band_size, ...]
+        return chunking.split_axis1(array, band_size)
 
-    def keys_of_bands(array: jax.Array) -> jax.Array:  # [B, T / band, (previous + 1) * band, ...]
-        own = bands(array)
-        num_bands = own.shape[1]
-        padding = ((0, 0), (num_previous, 0), *((0, 0),) * (own.ndim - 2))
-        padded = jnp.pad(own, padding)
-        shifted = [padded[:, i : i + num_bands] for i in range(num_previous + 1)]
-        return jnp.concatenate(shifted, axis=2)
+    def key_bands(array: jax.Array) -> jax.Array:  # [B, T, ...] -> [B, bands, num_keys, ...]
+        own = bands(array.astype(statistics_dtype(array.dtype)))  # the gradient adds up over bands
+        if num_bands == 1:
+            return own
+        before = jnp.pad(own[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
+        return jnp.concatenate([before, own], axis=2)
 
-    def attend(query, key, value, query_segments, key_segments, band):
-        num_bands = query.shape[1]
-        key_offset = jnp.arange(key.shape[2]) - num_previous * band_size
-        distance = jnp.arange(band_size)[:, None] - key_offset
-        visible = (distance >= 0) & (distance < window_size)
-        visible = visible & (band[0, :, None, None] * band_size + key_offset >= 0)
-        visible = visible[None]
-        if query_segments is not None:
-            visible &= blocks.same_document(query_segments[..., None], key_segments[..., None, :])
-        visible = jnp.broadcast_to(visible, (query.shape[0], *visible.shape[1:]))
-        fold = lambda array: array.reshape(-1, *array.shape[2:])
-        output, lse = masked_attention(
-            split_heads(fold(query), key.shape[3]),
-            fold(key),
-            fold(value),
-            fold(visible)[:, None, :, None],
-            scale,
-        )
-        unfold = lambda array: array.reshape(
-            batch, num_bands, band_size, num_heads, *array.shape[4:]
-        )
-        return unfold(output), unfold(lse)
+    def attend_bands(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        fold = (array.reshape(-1, *array.shape[2:]) for array in arrays)
+        query, positions, earliest, key, value = fold
+        band_ends = positions[:, -1:]
+        key_positions = (band_ends - num_keys + 1 + jnp.arange(num_keys))[:, None]
 
-    arrays = (
-        bands(query),
-        keys_of_bands(key),
-        keys_of_bands(value),
-        None if segment_ids is None else bands(segment_ids),
-        None if segment_ids is None else keys_of_bands(segment_ids),
-        jnp.arange(-(-length // band_size))[None],
+        def attend(
+            query: jax.Array, positions: jax.Array, earliest: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            visible = earliest[..., None] <= key_positions
+            visible &= key_positions <= positions[..., None]
+            return masked_attention(query, key, value, visible[:, None], scale)
+
+        chunk_size = chunking.rows_per_chunk(query.shape[0] * num_heads * num_keys)
+        results = chunking.map_chunks(attend, (query, positions, earliest), chunk_size)
+        return jax.tree.map(lambda array: array.reshape(batch, -1, *array.shape[1:]), results)
+
+    positions = blocks.token_positions(num_bands * band_size)
+    first_visible = blocks.visible_from(segment_ids, length)
+    first_visible = chunking.pad_to_multiple(first_visible, band_size)
+    earliest = jnp.maximum(first_visible, positions - window_size + 1)
+    positions, earliest = (
+        bands(jnp.broadcast_to(array, (batch, num_bands * band_size)))
+        for array in (positions, earliest)
     )
-    scores_per_band = batch * num_heads * band_size * band_size * (num_previous + 1)
-    output, lse = chunking.map_chunks(attend, arrays, chunking.rows_per_chunk(scores_per_band))
-    merge = lambda array: array.reshape(batch, -1, *array.shape[3:])[:, :length]
-    return merge(output), merge(lse)
+    arrays = (bands(query), positions, earliest, key_bands(key), key_bands(value))
+    chunk_size = chunking.rows_per_chunk(batch * num_heads * band_size * num_keys)
+    results = chunking.map_chunks(attend_bands, arrays, chunk_size)
+    return jax.tree.map(lambda array: chunking.merge_axis1(array, length), results)
