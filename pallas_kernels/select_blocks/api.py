@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels import arguments, blocks, dispatch
-from pallas_kernels.select_blocks import reference
+from pallas_kernels.select_blocks import mosaic_gpu, reference
 
 
 def select_blocks(
@@ -64,10 +64,9 @@ def select_blocks(
     arguments.check_query_key(query, key, num_blocks)
     arguments.check_shape("lse", lse, query.shape[:3])
     arguments.check_segment_ids(segment_ids, query)
-    dispatch.resolve("select_blocks", implementation)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, lse = jax.lax.stop_gradient((query, key, lse))
-    return reference.select_blocks(
+    call = (
         query,
         key,
         lse,
@@ -78,4 +77,10 @@ def select_blocks(
         queries_per_selection,
         segment_ids,
         scale,
+    )
+    return dispatch.run(
+        "select_blocks",
+        implementation,
+        mosaic_gpu=lambda: mosaic_gpu.select_blocks(*call),
+        xla=lambda: reference.select_blocks(*call),
     )
