@@ -142,7 +142,7 @@ def make_step(
 
         gradient = jax.grad(mean_nll, has_aux=True)
         gradients, totals = _accumulate(gradient, state.params, batch, parts)
-        loss, grad_norm = totals["nll"] / tokens, optax.global_norm(gradients)
+        loss, grad_norm = totals["nll"] / tokens, optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,144 @@
+"""The training step on a toy model: accumulation, counting, steps that are not finite."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from asa_jax.training.optimizer import make_optimizer
+from asa_jax.training.step import TrainState, make_step
+
+AXES = {"w": ("embed", "mlp"), "b": ("activation",)}
+FEATURES, ROWS, LENGTH = 4, 8, 6
+
+
+def _sums(params, batch):
+    """A regression in the place of the model: 'nll' is a squared error a token."""
+    x = batch["inputs"][..., None] * jnp.arange(1.0, FEATURES + 1)
+    error = jnp.sum(jnp.tanh(x @ params["w"]) + params["b"], axis=-1) - batch["targets"]
+    counted = batch["segment_ids"] > 0
+    return {
+        "nll": jnp.sum(error**2, where=counted),
+        "tokens": jnp.sum(counted),
+        "target_bytes": 2 * jnp.sum(counted),
+    }
+
+
+def _sqrt_sums(params, batch):
+    """Finite at b = 0, with an infinite gradient there."""
+    sums = _sums(params, batch)
+    return sums | {"nll": sums["nll"] + jnp.sum(jnp.sqrt(params["b"]))}
+
+
+def _batch(seed=0):
+    rng = np.random.default_rng(seed)
+    # Rows of different numbers of tokens.
+    segment_ids = np.arange(LENGTH)[None] < rng.integers(0, LENGTH + 1, (ROWS, 1))
+    return {
+        "inputs": rng.normal(size=(ROWS, LENGTH)).astype("float32"),
+        "targets": rng.normal(size=(ROWS, LENGTH)).astype("float32"),
+        "segment_ids": segment_ids.astype("int32"),
+    }
+
+
+def _start(optimizer):
+    rng = np.random.default_rng(1)
+    params = {
+        "w": jnp.asarray(rng.normal(size=(FEATURES, 3)), jnp.float32),
+        "b": jnp.zeros(3),
+    }
+    zero = jnp.int32(0)
+    return TrainState(params, optimizer.init(params), zero, zero, zero)
+
+
+def _make(make_config, sums=_sums, **overrides):
+    config = make_config(**{f"optimizer.{k}": v for k, v in overrides.items()})
+    optimizer = make_optimizer(config.optimizer, config.training.steps, AXES)
+    return jax.jit(make_step(sums, optimizer, config)), _start(optimizer), config
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_accumulation_equals_the_large_batch(make_config, name):
+    results = []
+    for parts in (1, 2, 8):
+        step, state, _ = _make(make_config, name=name, accumulation_steps=parts)
+        for seed in range(3):
+            state, metrics = step(state, _batch(seed))
+        results.append((state, metrics))
+    for result in results[1:]:
+        chex.assert_trees_all_close(result, results[0], rtol=1e-5, atol=1e-7)
+
+
+def test_metrics(make_config):
+    step, state, config = _make(make_config, warmup_steps=2)
+    batch = _batch()
+    expected = jax.tree.map(float, _sums(state.params, batch))
+
+    def mean(params):
+        return _sums(params, batch)["nll"] / expected["tokens"]
+
+    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(mean)(state.params))))
+    after, metrics = step(state, batch)
+    np.testing.assert_allclose(metrics["loss"], expected["nll"] / expected["tokens"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    np.testing.assert_allclose(metrics["learning_rate"], config.optimizer.learning_rate / 2)
+    assert metrics["tokens"] == expected["tokens"] == np.sum(batch["segment_ids"])
+    assert metrics["target_bytes"] == 2 * expected["tokens"]
+    assert after.step == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_loss_that_is_not_finite_changes_no_parameter_and_no_moment(
+    make_config, name, bad, parts
+):
+    step, state, _ = _make(make_config, name=name, accumulation_steps=parts)
+    state, _ = step(state, _batch(0))
+    poisoned = _batch(1)
+    row, column = np.argwhere(poisoned["segment_ids"])[0]
+    poisoned["targets"][row, column] = bad
+    for count in (1, 2, 3):
+        after, metrics = step(state, poisoned)
+        chex.assert_trees_all_equal(
+            (after.params, after.opt_state), (state.params, state.opt_state)
+        )
+        assert not np.isfinite(metrics["loss"])
+        assert metrics["nonfinite_steps"] == metrics["nonfinite_in_a_row"] == count
+        assert after.step == state.step + 1
+        state = after
+    state, metrics = step(state, _batch(2))
+    assert np.isfinite(metrics["loss"])
+    assert (metrics["nonfinite_steps"], metrics["nonfinite_in_a_row"]) == (3, 0)
+    # The updates are those of a run that never saw the bad batches.
+    clean_step, clean, _ = _make(make_config, name=name, accumulation_steps=parts)
+    for seed in (0, 2):
+        clean, _ = clean_step(clean, _batch(seed))
+    chex.assert_trees_all_equal(state.params, clean.params)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_left_out(make_config):
+    """Clipping would turn it into NaN everywhere."""
+    step, state, _ = _make(make_config, sums=_sqrt_sums)
+    after, metrics = step(state, _batch())
+    assert np.isfinite(metrics["loss"]) and np.isinf(metrics["grad_norm"])
+    chex.assert_trees_all_equal((after.params, after.opt_state), (state.params, state.opt_state))
+    assert metrics["nonfinite_in_a_row"] == 1
+
+
+def test_a_batch_of_padding_alone_changes_nothing_but_decay(make_config):
+    step, state, _ = _make(make_config, weight_decay=0.0)
+    batch = _batch() | {"segment_ids": np.zeros((ROWS, LENGTH), "int32")}
+    after, metrics = step(state, batch)
+    assert metrics["loss"] == metrics["grad_norm"] == 0
+    chex.assert_trees_all_equal(after.params, state.params)
+
+
+def test_is_traced_once(make_config):
+    config = make_config()
+    optimizer = make_optimizer(config.optimizer, config.training.steps, AXES)
+    step = jax.jit(chex.assert_max_traces(make_step(_sums, optimizer, config), n=1))
+    state = _start(optimizer)
+    for seed in range(3):
+        state, _ = step(state, _batch(seed))
