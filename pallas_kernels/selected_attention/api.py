@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels import arguments, dispatch
-from pallas_kernels.selected_attention import reference
+from pallas_kernels.selected_attention import mosaic_gpu, reference
 
 
 def selected_attention(
@@ -56,9 +56,16 @@ def selected_attention(
     list_shape = (query.shape[0], num_groups, key.shape[2], block_indices.shape[3])
     arguments.check_integers("block_indices", block_indices, list_shape)
     arguments.check_segment_ids(segment_ids, query)
-    dispatch.resolve("selected_attention", implementation)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    value = key[..., :value_dim] if value is None else value
-    return reference.selected_attention(
-        query, key, value, block_indices, block_size, queries_per_selection, segment_ids, scale
-    )
+    return dispatch.run(
+        "selected_attention",
+        implementation,
+        mosaic_gpu=lambda: mosaic_gpu.selected_attention(
+            query, key, value, block_indices, block_size, queries_per_selection,
+            value_dim, segment_ids, scale,
+        ),
+        xla=lambda: reference.selected_attention(
+            query, key, key[..., :value_dim] if value is None else value, block_indices,
+            block_size, queries_per_selection, segment_ids, scale,
+        ),
+    )  # fmt: skip
