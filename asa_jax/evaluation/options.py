@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -40,7 +41,7 @@ class Options:
     step: int | None
     evaluation: EvaluationConfig
     tokenizer: Tokenizer
-    text: list[str]
+    text: list[Path]
     filler: Path
     multiple_choice: list[Path]
     key_value: list[Path]
@@ -87,11 +88,11 @@ def parse_options() -> Options:
         step=given.step,
         evaluation=_evaluation(read_run_config(workdir).evaluation),
         tokenizer=load_run_tokenizer(workdir),
-        text=given.text,
-        filler=_existing("filler", given.filler),
-        multiple_choice=[_existing("multiple_choice", path) for path in given.multiple_choice],
-        key_value=[_existing("key_value", path) for path in given.key_value],
-        lm_eval=[_existing("lm_eval", path) for path in given.lm_eval],
+        text=_existing("text"),
+        filler=_existing("filler")[0],
+        multiple_choice=_existing("multiple_choice"),
+        key_value=_existing("key_value"),
+        lm_eval=_existing("lm_eval"),
         limit=given.limit,
         output=Path(given.output).expanduser() if given.output else workdir / "evaluation",
     )
@@ -142,7 +143,11 @@ def _numbers[T: (int, float)](name: str, texts: list[str], kind: type[T]) -> tup
         ) from None
 
 
-def _existing(flag: str, path: str) -> Path:
-    if not Path(path).is_file():
-        raise ConfigError(f"--{flag}={path}: no such file")
-    return Path(path)
+def _existing(flag: str) -> list[Path]:
+    """The files of a flag that takes one or many."""
+    value: Any = flags.FLAGS[flag].value
+    paths = [Path(path).expanduser() for path in ([value] if isinstance(value, str) else value)]
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError(f"--{flag}={path}: no such file")
+    return paths

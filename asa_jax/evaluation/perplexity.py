@@ -9,6 +9,7 @@ tokens:
     perplexity per token = exp(nats / tokens), per byte = 2^(bits per byte)
 """
 
+import glob
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,14 +66,14 @@ class EncodedText:
         return self._tokens[start : start + length]
 
 
-def text_sources(patterns: Sequence[str], tokenizer: Tokenizer) -> list[Source]:
+def text_sources(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Source]:
     """Reads and tokenizes a user's .txt, .jsonl (field `text`) or .parquet files.
 
     Raises:
         DataError: one is missing, not UTF-8, or holds no text.
     """
     sources = []
-    for path in find_files(patterns):
+    for path in find_files([glob.escape(str(path)) for path in paths]):
         texts = [document.text for document in read_documents(path, "text")]
         texts = [text for text in texts if text.strip()]
         if not texts:

@@ -1,5 +1,6 @@
 """Windows, positions and the measures on numbers worked out by hand."""
 
+import itertools
 import json
 import math
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asa_jax.data.prepare import parse, prepare
-from asa_jax.data.tokenizer import ByteTokenizer
+from asa_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from asa_jax.errors import ConfigError, DataError
 from asa_jax.evaluation.perplexity import (
     EncodedText,
@@ -64,7 +65,7 @@ def test_buckets_add_up_to_the_whole(make_config, length, bucket, seed):
     assert math.isclose(sum(part.nats for part in result.buckets), result.nats, rel_tol=1e-9)
     edges = [(part.first, part.last) for part in result.buckets]
     assert edges[0][0] == 0
-    assert all(last + 1 == first for (_, last), (first, _) in zip(edges, edges[1:], strict=False))
+    assert all(last + 1 == first for (_, last), (first, _) in itertools.pairwise(edges))
     assert edges[-1][1] == min(length, max(map(len, TEXTS))) - 1
 
 
@@ -87,12 +88,10 @@ def test_measures_by_hand(make_config):
 
 def test_bytes_are_those_of_the_tokens(uniform, make_config, tmp_path):
     """With the bundled tokenizer the bytes of a text are its length but for the first token."""
-    from asa_jax.data.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(PROJECT / "texts" / "tokenizer.json")
     path = tmp_path / "text.txt"
     path.write_text("The naïve café — 漢字 and more plain words follow here.\n")
-    (source,) = text_sources([str(path)], tokenizer)
+    (source,) = text_sources([path], tokenizer)
     scorer = FakeScorer(tokenizer, lambda token: (1.0, False))
     (result,) = perplexity_jobs(make_config(lengths=(7,)).evaluation, scorer, [source])[0].run()
     assert result.text_bytes == path.stat().st_size - len("The")
@@ -106,9 +105,9 @@ def test_bad_text_is_named(tmp_path, content, message):
     path = tmp_path / "text.txt"
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"text\.txt: {message}"):
-        text_sources([str(path)], ByteTokenizer())
+        text_sources([path], ByteTokenizer())
     with pytest.raises(DataError, match="no such file"):
-        text_sources([str(tmp_path / "none.txt")], ByteTokenizer())
+        text_sources([tmp_path / "none.txt"], ByteTokenizer())
 
 
 def _prepare(folder, tokenizer, validation):
