@@ -51,15 +51,21 @@ def parse_config_flag() -> Config:
     Returns:
         The checked configuration.
     """
+    config = parse_optional_config_flag()
+    if config is None:
+        names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.py")))
+        raise ConfigError(f"--config: missing; give --config=configs/NAME.py, one of {names}")
+    return config
+
+
+def parse_optional_config_flag() -> Config | None:
+    """As `parse_config_flag`, and None where there is no `--config`."""
     config_flags.DEFINE_config_file("config", None, "configs/NAME.py, or configs/NAME.py:ARM")
     flag = flags.FLAGS["config"]
     flag.parser = _ProjectConfigs(flag.parser)
     parse_arguments()
     values: ConfigDict | None = flags.FLAGS.config
-    if values is None:
-        names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.py")))
-        raise ConfigError(f"--config: missing; give --config=configs/NAME.py, one of {names}")
-    return config_from_dict(values.to_dict())
+    return None if values is None else config_from_dict(values.to_dict())
 
 
 def parse_arguments() -> None:

@@ -1,0 +1,1 @@
+"""Caches and their sizes, sampling, and text generation."""
