@@ -28,6 +28,7 @@ import jax
 from rich.console import Console
 
 from asa_jax.config import Config, MeshConfig, config_to_dict
+from asa_jax.decoding.generate import Generator
 from asa_jax.errors import ConfigError
 from asa_jax.evaluation.generated import GENERATED_TASKS, generated_jobs, key_value_job
 from asa_jax.evaluation.multiple_choice import choice_job
@@ -51,7 +52,8 @@ def main(options: Options) -> None:
     config, params, step = restore_params(options.workdir, mesh, options.step)
     config = dataclasses.replace(config, evaluation=options.evaluation)
     scorer = Scorer(config, params, options.tokenizer, mesh)
-    jobs = plan(options, config, scorer)
+    generator = Generator(config, params, options.tokenizer, mesh)
+    jobs = plan(options, config, scorer, generator)
 
     results: list[Result] = []
     try:
@@ -69,7 +71,7 @@ def main(options: Options) -> None:
             report(options, step, header, results)
 
 
-def plan(options: Options, config: Config, scorer: Scorer) -> list[Job]:
+def plan(options: Options, config: Config, scorer: Scorer, generator: Generator) -> list[Job]:
     """Reads and checks the input of everything that is to be measured."""
     cfg, tokenizer = config.evaluation, scorer.tokenizer
     jobs: list[Job] = []
@@ -83,10 +85,10 @@ def plan(options: Options, config: Config, scorer: Scorer) -> list[Job]:
     jobs += [choice_job(path, scorer, options.limit) for path in options.multiple_choice]
     if options.lm_eval:
         # lm-eval is an extra.
-        from asa_jax.evaluation.lm_eval_adapter import harness_job
+        from asa_jax.evaluation.lm_eval_adapter import HarnessModel, harness_job
 
-        window = config.data.sequence_length
-        jobs.append(harness_job(options.lm_eval, scorer, window, options.limit))
+        model = HarnessModel(scorer, generator, config.data.sequence_length)
+        jobs.append(harness_job(options.lm_eval, scorer, model, options.limit))
     if not jobs:
         raise ConfigError("--tasks: nothing to measure; name tasks or give files")
     return jobs

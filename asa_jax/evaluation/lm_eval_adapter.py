@@ -1,10 +1,11 @@
-"""lm-eval's model interface over the scorer, and the JSONL sets as lm-eval tasks.
+"""lm-eval's model interface over scorer and generator, and the JSONL sets as lm-eval tasks.
 
 Needs the extra `eval`; nothing else in the package imports this module at its top. Tasks are
 written for one evaluation to a temporary folder, from files that were read and checked here: no
 task of lm-eval's own, nothing from a network, no code in a task.
 """
 
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,8 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
+from asa_jax.decoding.generate import Generator
+from asa_jax.decoding.options import Sampling
 from asa_jax.errors import DataError
 from asa_jax.evaluation.multiple_choice import (
     Example,
@@ -35,19 +38,25 @@ from asa_jax.evaluation.multiple_choice import (
 from asa_jax.evaluation.results import HarnessResult, Job, Result, standard_error
 from asa_jax.evaluation.scorer import Scorer
 
+# Prompts that are continued at a time, and tokens where a task does not say how many.
+GENERATION_ROWS = 16
+GENERATION_TOKENS = 256
 
-class ScorerLM(LM):
+
+class HarnessModel(LM):
     """A model as lm-eval sees it."""
 
-    def __init__(self, scorer: Scorer, window_tokens: int) -> None:
-        """Wraps a scorer.
+    def __init__(self, scorer: Scorer, generator: Generator, window_tokens: int) -> None:
+        """Wraps what runs the model.
 
         Args:
-            scorer: runs the model.
+            scorer: for log-likelihoods.
+            generator: for continuations.
             window_tokens: most tokens that `loglikelihood_rolling` predicts from one context.
         """
         super().__init__()
         self._scorer = scorer
+        self._generator = generator
         self._window_tokens = window_tokens
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -61,7 +70,7 @@ class ScorerLM(LM):
         for owner, request in enumerate(requests):
             tokens = self._scorer.tokenizer.encode(request.args[0])
             for context, predicted in get_rolling_token_windows(
-                tokens, self._scorer.tokenizer.end_of_document_id, self._window_tokens, 1
+                tokens, self._generator.encode_prompt("")[-1], self._window_tokens, 1
             ):
                 window = np.array([*context, predicted[-1]], np.int32)
                 windows.append((window, len(window) - len(predicted)))
@@ -72,21 +81,52 @@ class ScorerLM(LM):
         return totals
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError
+        """Continues each (prompt, settings) up to the first of the settings' stops."""
+        texts: list[str] = []
+        for settings, group in itertools.groupby(requests, lambda request: request.args[1]):
+            prompts = [request.args[0] for request in group]
+            for first in range(0, len(prompts), GENERATION_ROWS):
+                texts += self._continue(prompts[first : first + GENERATION_ROWS], settings)
+        return texts
+
+    def _continue(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
+        stops = settings.get("until") or []
+        stops = [stops] if isinstance(stops, str) else stops
+        temperature = float(settings.get("temperature", 1)) if settings.get("do_sample") else 0.0
+        texts = [""] * len(prompts)
+        for parts in self._generator.stream(
+            prompts,
+            max_tokens=int(settings.get("max_gen_toks", GENERATION_TOKENS)),
+            sampling=Sampling(temperature=temperature, top_p=float(settings.get("top_p", 1))),
+        ):
+            texts = [text + part for text, part in zip(texts, parts, strict=True)]
+            if all(cut(text, stops) != text for text in texts):
+                break
+        return [cut(text, stops) for text in texts]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[np.ndarray, int]:
         # Tokens start with their space, so spaces at the end of a context go to the continuation.
         kept = context.rstrip(" ")
-        tokenizer = self._scorer.tokenizer
-        before = tokenizer.encode(kept) or [tokenizer.end_of_document_id]
-        after = tokenizer.encode(context[len(kept) :] + continuation)
+        before = self._generator.encode_prompt(kept)
+        after = self._scorer.tokenizer.encode(context[len(kept) :] + continuation)
         return np.array([*before, *after], np.int32), len(before)
 
 
-def harness_job(
-    paths: Sequence[Path], scorer: Scorer, window_tokens: int, limit: int | None
-) -> Job:
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of `stops` in it."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
+
+
+def harness_job(paths: Sequence[Path], scorer: Scorer, model: LM, limit: int | None) -> Job:
     """A job for JSONL files in the formats of `multiple_choice`, or their first `limit` examples.
+
+    Args:
+        paths: the files.
+        scorer: of the model, to count the tokens.
+        model: what lm-eval asks.
+        limit: examples of each file; None: all.
 
     Raises:
         DataError: a file or a line cannot be used.
@@ -101,7 +141,7 @@ def harness_job(
     tokens = sum(len(ids) - 1 for ids, _ in encode_requests(scorer.tokenizer, requests))
 
     def run() -> list[Result]:
-        return evaluate_sets(ScorerLM(scorer, window_tokens), sets)
+        return evaluate_sets(model, sets)
 
     return Job("lm-eval", tokens, run)
 
