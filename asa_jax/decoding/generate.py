@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from asa_jax.config import MAX_EVALUATION_TOKENS, Config
 from asa_jax.data.tokenizer import StreamingDecoder, Tokenizer
 from asa_jax.decoding.cache_bytes import allocated_bytes
-from asa_jax.decoding.options import Sampling, check_request
+from asa_jax.decoding.settings import Sampling, check_request
 from asa_jax.decoding.steps import STEPS_PER_DISPATCH, DecodeState, advance, start
 from asa_jax.errors import ConfigError, UserError
 

@@ -6,7 +6,7 @@ Settings are traced, so one compiled program serves them all.
 import jax
 import jax.numpy as jnp
 
-from asa_jax.decoding.options import Sampling
+from asa_jax.decoding.settings import Sampling
 
 
 def sample_tokens(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from asa_jax.config import ModelConfig
-from asa_jax.decoding.options import Sampling
 from asa_jax.decoding.sampling import sample_tokens
+from asa_jax.decoding.settings import Sampling
 from asa_jax.model.transformer import Transformer, abstract_model
 from asa_jax.sharding import constrain
 
