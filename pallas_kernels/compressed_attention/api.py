@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels import arguments, blocks, dispatch
-from pallas_kernels.compressed_attention import reference
+from pallas_kernels.compressed_attention import mosaic_gpu, reference
 
 
 def compressed_attention(
@@ -49,7 +49,15 @@ def compressed_attention(
     arguments.check_query_key(query, key, num_blocks)
     arguments.check_value(key, value, value_dim)
     arguments.check_segment_ids(segment_ids, query)
-    dispatch.resolve("compressed_attention", implementation)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    value = key[..., :value_dim] if value is None else value
-    return reference.compressed_attention(query, key, value, block_size, stride, segment_ids, scale)
+    return dispatch.run(
+        "compressed_attention",
+        implementation,
+        mosaic_gpu=lambda: mosaic_gpu.compressed_attention(
+            query, key, value, block_size, stride, value_dim, segment_ids, scale
+        ),
+        xla=lambda: reference.compressed_attention(
+            query, key, key[..., :value_dim] if value is None else value, block_size, stride,
+            segment_ids, scale,
+        ),
+    )  # fmt: skip

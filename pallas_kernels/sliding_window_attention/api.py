@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels import arguments, dispatch
-from pallas_kernels.sliding_window_attention import reference
+from pallas_kernels.sliding_window_attention import mosaic_gpu, reference
 
 
 def sliding_window_attention(
@@ -44,7 +44,15 @@ def sliding_window_attention(
     arguments.check_value(key, value, value_dim)
     arguments.check_positive(window_size=window_size)
     arguments.check_segment_ids(segment_ids, query)
-    dispatch.resolve("sliding_window_attention", implementation)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    value = key[..., :value_dim] if value is None else value
-    return reference.sliding_window_attention(query, key, value, window_size, segment_ids, scale)
+    return dispatch.run(
+        "sliding_window_attention",
+        implementation,
+        mosaic_gpu=lambda: mosaic_gpu.sliding_window_attention(
+            query, key, value, window_size, value_dim, segment_ids, scale
+        ),
+        xla=lambda: reference.sliding_window_attention(
+            query, key, key[..., :value_dim] if value is None else value, window_size,
+            segment_ids, scale,
+        ),
+    )  # fmt: skip

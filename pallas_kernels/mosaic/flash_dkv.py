@@ -1,0 +1,244 @@
+"""Gradients of key and value of attention to a contiguous range of keys per token.
+
+With p = exp2(c s - lse) and delta = do . o - dlse: ds = scale p (do . v - delta), dk = ds^T q and
+dv = p^T do. A program owns 128 keys, 64 a warpgroup, and walks the tokens that see them, head after
+head. Scores are transposed, so that p^T and ds^T go to the tensor cores from registers. Where few
+tiles of keys see many tokens the walk is cut in parts, whose sums XLA adds in order: nothing is
+added atomically, and repeated runs agree bit for bit.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic import key_walk, tiles
+from pallas_kernels.mosaic.key_range import Documents, KeyRange
+from pallas_kernels.mosaic.key_walk import SLOTS
+
+KEYS = tiles.ROWS  # of a warpgroup
+BY_COLUMN = tiles.LAYOUT.reduce(0)  # of a vector with one number a column of a tile
+
+
+def token_tile(head_dim: int, value_dim: int, shared: bool) -> int:
+    """Returns how many tokens make a tile: 64, or 32 where registers hold wide sums beside it."""
+    return 64 if shared or head_dim + value_dim <= 256 else 32
+
+
+def flash_dkv(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array | None,
+    doutput: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    documents: Documents | None,
+    *,
+    key_range: KeyRange,
+    scale: float,
+    head_parts: int,
+    token_parts: int,
+    warpgroups: int = 2,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the gradients of key and value.
+
+    Args:
+      query: [B, T, N, H], T a multiple of 64.
+      key: [B, S, K, H], S a multiple of 64 * warpgroups.
+      value: [B, S, K, h], or None: the first h numbers of each key.
+      doutput: [B, T, N, h] cotangent of the output.
+      lse: [B, N, T] base-2 log-sum-exp of `flash_forward`.
+      delta: [B, N, T] float32, scale * (do . o - dlse).
+      documents: Bounds of packed documents, None = one document a row.
+      key_range: The keys that a token sees.
+      scale: Factor of the scores.
+      head_parts: Parts in which the query heads of a key head are cut.
+      token_parts: Parts in which the tokens that see a tile of keys are cut.
+      warpgroups: Warpgroups that compute.
+      interpret: Parameters of interpret mode, for tests.
+
+    Returns:
+      [B, S, K, H] in key's dtype; [B, S, K, h], or None: then the first one holds both.
+    """
+    batch, length, num_heads, head_dim = query.shape
+    num_keys, num_kv_heads = key.shape[1:3]
+    value_dim = doutput.shape[-1]
+    parts, part_heads = head_parts * token_parts, num_heads // num_kv_heads // head_parts
+    dtype, exponent = query.dtype, scale * tiles.LOG2E
+    shared, packed, whole = value is None, documents is not None, parts == 1
+    width = token_tile(head_dim, value_dim, shared)
+    rest_dim = head_dim - value_dim if shared else head_dim
+
+    def body(
+        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, documents, dk_ref, dv_ref, *,
+        q_s, do_s, k_s, v_s, lse_s, delta_s, start_s, key_bar, token_bar, free_bar,
+    ):  # fmt: skip
+        batch_id, tile = lax.axis_index("batch"), lax.axis_index("tile")
+        kv_head, part = lax.axis_index("kv_head"), lax.axis_index("part")
+        warpgroup = lax.axis_index("warpgroup")
+        first_head = (kv_head * head_parts + lax.div(part, jnp.int32(token_parts))) * part_heads
+
+        def document_end(ends, key_tile):
+            return jnp.int32(length) if ends is None else ends[batch_id, key_tile]
+
+        def token_tiles():
+            first = tile * (warpgroups * KEYS)
+            last_end = documents.last_end if packed else None
+            end = document_end(last_end, (tile + 1) * warpgroups - 1)
+            end = key_range.end_token(first + (warpgroups * KEYS - 1), end)
+            end = lax.div(jnp.minimum(end, length) + (width - 1), jnp.int32(width))
+            begin = jnp.minimum(lax.div(key_range.first_token(first), jnp.int32(width)), end)
+            size = lax.div(end - begin + (token_parts - 1), jnp.int32(token_parts))
+            begin = jnp.minimum(begin + lax.rem(part, jnp.int32(token_parts)) * size, end)
+            return begin, jnp.minimum(begin + size, end)
+
+        begin, end = token_tiles()
+        steps = end - begin
+
+        @pl.when(warpgroup == warpgroups)
+        def _fetch():
+            plgpu.set_max_registers(key_walk.FETCH_REGISTERS, action="decrease")
+
+            def fetch_tile(i, _):
+                slot = lax.rem(i, jnp.int32(SLOTS))
+                pl.when(i >= SLOTS)(lambda: plgpu.barrier_wait(free_bar.at[slot]))
+                head = first_head + lax.div(i, steps)
+                rows = pl.ds((begin + lax.rem(i, steps)) * width, width)
+                copies = [
+                    (q_ref.at[batch_id, rows, head], q_s.at[slot]),
+                    (do_ref.at[batch_id, rows, head], do_s.at[slot]),
+                    (lse_ref.at[batch_id, head, rows], lse_s.at[slot]),
+                    (delta_ref.at[batch_id, head, rows], delta_s.at[slot]),
+                ]
+                if packed:
+                    copies.append((documents.start.at[batch_id, rows], start_s.at[slot]))
+                key_walk.copy_all(copies, token_bar.at[slot])
+                return 0
+
+            lax.fori_loop(0, part_heads * steps, fetch_tile, 0)
+
+        @pl.when(warpgroup < warpgroups)
+        def _compute():
+            plgpu.set_max_registers(key_walk.COMPUTE_REGISTERS, action="increase")
+            own = (tile * warpgroups + warpgroup) * KEYS
+            place = (batch_id, pl.ds(own, KEYS), kv_head)
+            k_w = k_s.at[warpgroup]
+            v_w = k_w.at[:, pl.ds(0, value_dim)] if shared else v_s.at[warpgroup]
+            copies = [(k_ref.at[place], k_w)] + ([] if shared else [(v_ref.at[place], v_w)])
+            key_walk.copy_all(copies, key_bar.at[warpgroup])
+            first_end = documents.first_end if packed else None
+            full_end = key_range.end_token(
+                own, document_end(first_end, tile * warpgroups + warpgroup)
+            )
+            full_begin = key_range.first_token(own + (KEYS - 1)) + (width - 1)
+            full_begin = jnp.clip(lax.div(full_begin, jnp.int32(width)), begin, end)
+            full_end = jnp.clip(lax.div(full_end, jnp.int32(width)), full_begin, end)
+            key_ids = own + tiles.row_ids(KEYS)
+            plgpu.barrier_wait(key_bar.at[warpgroup])
+
+            def mask(i, scores, start_w):
+                token = i * width + tiles.column_ids(KEYS, width)
+                seen = token >= tiles.across(key_range.first_token(key_ids), width)
+                seen &= token < tiles.across(key_range.end_token(key_ids, length), width)
+                if packed:
+                    first_token = tiles.across(key_range.stride * key_ids, width)
+                    seen &= _down(start_w) <= first_token
+                return jnp.where(seen, scores, -jnp.inf)
+
+            def step(i, sums, masked, base):
+                slot = lax.rem(base + i, jnp.int32(SLOTS))
+                q_w, do_w = q_s.at[slot], do_s.at[slot]
+
+                def weigh(scores):
+                    scores = scores * exponent - _down(lse_s.at[slot])
+                    if masked:
+                        scores = mask(i, scores, start_s.at[slot] if packed else None)
+                    return jnp.exp2(scores)
+
+                plgpu.barrier_wait(token_bar.at[slot])
+                weights, dweights = key_walk.weights_and_gradient(k_w, q_w, v_w, do_w, weigh)
+                dscores = weights * (dweights * scale - _down(delta_s.at[slot]))
+                weights, dscores = weights.astype(dtype), dscores.astype(dtype)
+                dvalue, *rest = sums
+                dvalue = tiles.add_matmul(dvalue, weights, do_w, interpret=interpret)
+                if shared:
+                    q_v = q_w.at[:, pl.ds(0, value_dim)]
+                    dvalue = tiles.add_matmul(dvalue, dscores, q_v, interpret=interpret)
+                    q_w = q_w.at[:, pl.ds(value_dim, rest_dim)]
+                if rest_dim:
+                    rest = [tiles.add_matmul(rest[0], dscores, q_w, interpret=interpret)]
+                plgpu.barrier_arrive(free_bar.at[slot])
+                return dvalue, *rest
+
+            def walk_head(head, sums):
+                def step_of_head(i, sums, masked):
+                    return step(i, sums, masked, head * steps - begin)
+
+                return key_walk.walk((begin, full_begin, full_end, end), step_of_head, sums)
+
+            dims = (value_dim, rest_dim) if rest_dim else (value_dim,)
+            sums = tuple(tiles.zeros((KEYS, dim)) for dim in dims)
+            dvalue, *rest = lax.fori_loop(0, part_heads, walk_head, sums)
+            if whole:
+                v_w[...] = dvalue.astype(dtype)
+                if rest_dim:
+                    k_w.at[:, pl.ds(head_dim - rest_dim, rest_dim)][...] = rest[0].astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(k_w, dk_ref.at[place])
+                if not shared:
+                    plgpu.copy_smem_to_gmem(v_w, dv_ref.at[place])
+                plgpu.wait_smem_to_gmem(0)
+            else:
+                (dk_ref if shared else dv_ref).at[part, *place, pl.ds(0, value_dim)][...] = dvalue
+                if rest_dim:
+                    columns = pl.ds(head_dim - rest_dim, rest_dim)
+                    dk_ref.at[part, *place, columns][...] = rest[0]
+
+    def _down(vector_s):
+        vector = plgpu.load(vector_s, layout=BY_COLUMN)
+        return lax.broadcast_in_dim(vector, (KEYS, width), [1])
+
+    def sums_of(array):
+        if array is None:
+            return None
+        shape = array.shape if whole else (parts, *array.shape)
+        return jax.ShapeDtypeStruct(shape, dtype if whole else jnp.float32)
+
+    # Operands of one product need one swizzle, no wider than a tile of tokens.
+    like_key = tiles.transforms(math.gcd(head_dim, width), dtype)
+    like_value = like_key if shared else tiles.transforms(math.gcd(value_dim, width), dtype)
+    scratch: dict[str, Any] = {
+        "q_s": plgpu.SMEM((SLOTS, width, head_dim), dtype, transforms=like_key),
+        "do_s": plgpu.SMEM((SLOTS, width, value_dim), dtype, transforms=like_value),
+        "k_s": plgpu.SMEM((warpgroups, KEYS, head_dim), dtype, transforms=like_key),
+        "v_s": None
+        if shared
+        else plgpu.SMEM((warpgroups, KEYS, value_dim), dtype, transforms=like_value),
+        "lse_s": plgpu.SMEM((SLOTS, width), jnp.float32),
+        "delta_s": plgpu.SMEM((SLOTS, width), jnp.float32),
+        "start_s": plgpu.SMEM((SLOTS, width), jnp.int32) if packed else None,
+        "key_bar": plgpu.Barrier(num_barriers=warpgroups, num_arrivals=2 - shared),
+        "token_bar": plgpu.Barrier(num_barriers=SLOTS, num_arrivals=4 + packed),
+        "free_bar": plgpu.Barrier(num_barriers=SLOTS, num_arrivals=warpgroups),
+    }
+    dkey, dvalue = plgpu.kernel(
+        body,
+        out_type=(sums_of(key), sums_of(value)),
+        grid=(batch, num_keys // (warpgroups * KEYS), num_kv_heads, parts),
+        grid_names=("batch", "tile", "kv_head", "part"),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=key_walk.PARAMETERS,
+        interpret=interpret,
+    )(query, key, value, doutput, lse, delta, documents)
+    if whole:
+        return dkey, dvalue
+    return jax.tree.map(lambda sums: sums.sum(0).astype(dtype), (dkey, dvalue))

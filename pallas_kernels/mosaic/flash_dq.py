@@ -1,0 +1,145 @@
+"""Gradient of the query of attention to a contiguous range of keys per token.
+
+With p = exp2(c s - lse) and delta = do . o - dlse: ds = scale p (do . v - delta), dq = ds k. A
+program owns the tokens that it owns in the forward pass and walks their keys in the same way.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic import key_walk, tiles
+from pallas_kernels.mosaic.key_range import Documents, KeyRange
+from pallas_kernels.mosaic.key_walk import SLOTS, KeyWalk
+
+WIDTH = 64  # keys of a tile: what registers hold of two score tiles beside dq
+
+
+def flash_dq(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array | None,
+    doutput: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    documents: Documents | None,
+    *,
+    key_range: KeyRange,
+    scale: float,
+    warpgroups: int = 2,
+    interpret: Any = None,
+) -> jax.Array:
+    """Returns the gradient of query.
+
+    Args:
+      query: [B, T, N, H], T a multiple of 64 * warpgroups.
+      key: [B, S, K, H], S a multiple of 128.
+      value: [B, S, K, h], or None: the first h numbers of each key.
+      doutput: [B, T, N, h] cotangent of the output.
+      lse: [B, N, T] base-2 log-sum-exp of `flash_forward`.
+      delta: [B, N, T] float32, scale * (do . o - dlse).
+      documents: Bounds of packed documents, None = one document a row.
+      key_range: The keys that a token sees.
+      scale: Factor of the scores.
+      warpgroups: Warpgroups that compute.
+      interpret: Parameters of interpret mode, for tests.
+
+    Returns:
+      [B, T, N, H] in query's dtype.
+    """
+    batch, length, num_heads, head_dim = query.shape
+    num_keys, num_kv_heads = key.shape[1:3]
+    value_dim = doutput.shape[-1]
+    num_tiles = length // (warpgroups * tiles.ROWS)
+    dtype, exponent = query.dtype, scale * tiles.LOG2E
+    shared, packed = value is None, documents is not None
+
+    def body(
+        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, documents, dq_ref, *,
+        q_s, do_s, k_s, v_s, lse_s, delta_s, start_s, token_bar, key_bar, free_bar,
+    ):  # fmt: skip
+        batch_id, head = lax.axis_index("batch"), lax.axis_index("head")
+        tile = num_tiles - 1 - lax.axis_index("tile")  # those with most keys start first
+        warpgroup = lax.axis_index("warpgroup")
+        keys = KeyWalk(key_range, documents, num_keys, WIDTH, warpgroups, batch_id, tile)
+
+        @pl.when(warpgroup == warpgroups)
+        def _fetch():
+            plgpu.set_max_registers(key_walk.FETCH_REGISTERS, action="decrease")
+            kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
+            copies = [(k_ref, k_s)] if shared else [(k_ref, k_s), (v_ref, v_s)]
+            keys.fetch(copies, kv_head, key_bar, free_bar)
+
+        @pl.when(warpgroup < warpgroups)
+        def _compute():
+            plgpu.set_max_registers(key_walk.COMPUTE_REGISTERS, action="increase")
+            q_w, do_w, lse_w, delta_w = (x.at[warpgroup] for x in (q_s, do_s, lse_s, delta_s))
+            rows = pl.ds(keys.first_token(warpgroup), tiles.ROWS)
+            copies = [
+                (q_ref.at[batch_id, rows, head], q_w),
+                (do_ref.at[batch_id, rows, head], do_w),
+                (lse_ref.at[batch_id, head, rows], lse_w),
+                (delta_ref.at[batch_id, head, rows], delta_w),
+            ]
+            if packed:
+                copies.append((documents.start.at[batch_id, rows], start_s.at[warpgroup]))
+            key_walk.copy_all(copies, token_bar.at[warpgroup])
+            bounds = keys.bounds(warpgroup)
+            plgpu.barrier_wait(token_bar.at[warpgroup])
+            mask = keys.mask(warpgroup, start_s.at[warpgroup] if packed else None)
+            lse = plgpu.load(lse_w, layout=tiles.BY_ROW)
+            delta = plgpu.load(delta_w, layout=tiles.BY_ROW)
+
+            def step(i, dquery, masked):
+                slot = lax.rem(i - bounds[0], jnp.int32(SLOTS))
+                k_w = k_s.at[slot]
+                v_w = k_w.at[:, pl.ds(0, value_dim)] if shared else v_s.at[slot]
+
+                def weigh(scores):
+                    scores = scores * exponent - tiles.across(lse, WIDTH)
+                    return jnp.exp2(mask(i, scores) if masked else scores)
+
+                plgpu.barrier_wait(key_bar.at[slot])
+                weights, dweights = key_walk.weights_and_gradient(q_w, k_w, do_w, v_w, weigh)
+                dscores = weights * (dweights * scale - tiles.across(delta, WIDTH))
+                dquery = tiles.add_matmul(dquery, dscores.astype(dtype), k_w, interpret=interpret)
+                plgpu.barrier_arrive(free_bar.at[slot])
+                return dquery
+
+            dquery = key_walk.walk(bounds, step, tiles.zeros((tiles.ROWS, head_dim)))
+            q_w[...] = dquery.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_w, dq_ref.at[batch_id, rows, head])
+            plgpu.wait_smem_to_gmem(0)
+
+    tokens = (warpgroups, tiles.ROWS)
+    like_value = tiles.transforms(head_dim if shared else value_dim, dtype)  # they are multiplied
+    scratch: dict[str, Any] = {
+        "q_s": tiles.tiled((*tokens, head_dim), dtype),
+        "do_s": plgpu.SMEM((*tokens, value_dim), dtype, transforms=like_value),
+        "k_s": tiles.tiled((SLOTS, WIDTH, head_dim), dtype),
+        "v_s": None if shared else tiles.tiled((SLOTS, WIDTH, value_dim), dtype),
+        "lse_s": plgpu.SMEM(tokens, jnp.float32),
+        "delta_s": plgpu.SMEM(tokens, jnp.float32),
+        "start_s": plgpu.SMEM(tokens, jnp.int32) if packed else None,
+        "token_bar": plgpu.Barrier(num_barriers=warpgroups, num_arrivals=4 + packed),
+        "key_bar": plgpu.Barrier(num_barriers=SLOTS, num_arrivals=2 - shared),
+        "free_bar": plgpu.Barrier(num_barriers=SLOTS, num_arrivals=warpgroups),
+    }
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(query.shape, dtype),
+        grid=(batch, num_tiles, num_heads),
+        grid_names=("batch", "tile", "head"),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=key_walk.PARAMETERS,
+        interpret=interpret,
+    )(query, key, value, doutput, lse, delta, documents)

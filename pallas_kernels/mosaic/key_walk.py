@@ -1,0 +1,151 @@
+"""The walk of 64 tokens a warpgroup over the tiles of keys that they see.
+
+Warpgroups of neighbouring tokens share the tiles, which one more warpgroup fetches into a ring.
+Only the outer tiles of the walk need a mask; it is traced with and without.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic import tiles
+from pallas_kernels.mosaic.key_range import Documents, KeyRange
+
+SLOTS = 2  # of the ring
+COMPUTE_REGISTERS, FETCH_REGISTERS = 240, 24  # a thread; together at most 3 * 168 for three
+PARAMETERS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
+
+
+def walk(bounds: tuple[Any, Any, Any, Any], step: Callable[..., Any], carry: Any) -> Any:
+    """Runs carry = step(i, carry, masked) over begin .. end, masked outside full_begin .. full_end.
+
+    Args:
+      bounds: begin, full_begin, full_end, end.
+      step: The step.
+      carry: Its first carry.
+    """
+    begin, full_begin, full_end, end = bounds
+    masked, full = (functools.partial(step, masked=flag) for flag in (True, False))
+    carry = lax.fori_loop(begin, full_begin, masked, carry)
+    carry = lax.fori_loop(full_begin, full_end, full, carry)
+    return lax.fori_loop(full_end, end, masked, carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyWalk:
+    """What a program of `warpgroups` * 64 tokens walks; sizes are static, the rest int32 scalars.
+
+    Attributes:
+      key_range: The keys that a token sees.
+      documents: References to the bounds of packed documents, or None.
+      num_keys: S, a multiple of `width`.
+      width: Keys of a tile.
+      warpgroups: Warpgroups that compute.
+      batch_id: Row of the batch.
+      tile: The program's number along the row.
+    """
+
+    key_range: KeyRange
+    documents: Documents | None
+    num_keys: int
+    width: int
+    warpgroups: int
+    batch_id: Any
+    tile: Any
+
+    def first_token(self, warpgroup: Any) -> Any:
+        """Returns the first token of a warpgroup."""
+        return (self.tile * self.warpgroups + warpgroup) * tiles.ROWS
+
+    def range(self) -> tuple[Any, Any]:
+        """Returns the first tile of keys that some token of the program sees, and the end."""
+        earliest: Any = 0
+        if self.documents is not None:
+            of_tiles = self.documents.earliest_start
+            starts = (
+                of_tiles[self.batch_id, self.tile * self.warpgroups + i]
+                for i in range(self.warpgroups)
+            )
+            earliest = functools.reduce(jnp.minimum, starts)
+        begin = self.key_range.first_key(self.first_token(0), earliest)
+        end = self.key_range.end_key(self.first_token(self.warpgroups) - 1)
+        last = jnp.int32(self.num_keys // self.width)
+        return lax.div(begin, jnp.int32(self.width)), jnp.minimum(self._tiles(end), last)
+
+    def bounds(self, warpgroup: Any) -> tuple[Any, Any, Any, Any]:
+        """Returns the range with, inside it, that of the tiles which all tokens see wholly."""
+        first = self.first_token(warpgroup)
+        latest: Any = 0
+        if self.documents is not None:
+            latest = self.documents.latest_start[
+                self.batch_id, self.tile * self.warpgroups + warpgroup
+            ]
+        begin, end = self.range()
+        full_begin = self._tiles(self.key_range.first_key(first + (tiles.ROWS - 1), latest))
+        full_begin = jnp.clip(full_begin, begin, end)
+        full_end = lax.div(self.key_range.end_key(first), jnp.int32(self.width))
+        return begin, full_begin, jnp.clip(full_end, full_begin, end), end
+
+    def fetch(self, copies: list[tuple[Any, Any]], kv_head: Any, full: Any, free: Any) -> None:
+        """Copies the tiles of the range from (keys, ring) pairs, one after another."""
+        begin, end = self.range()
+
+        def fetch_tile(i: Any, _: Any) -> Any:
+            slot = lax.rem(i - begin, jnp.int32(SLOTS))
+            pl.when(i - begin >= SLOTS)(lambda: plgpu.barrier_wait(free.at[slot]))
+            rows = pl.ds(i * self.width, self.width)
+            for source, ring in copies:
+                plgpu.copy_gmem_to_smem(
+                    source.at[self.batch_id, rows, kv_head], ring.at[slot], full.at[slot]
+                )
+            return 0
+
+        lax.fori_loop(begin, end, fetch_tile, 0)
+
+    def mask(self, warpgroup: Any, start_s: Any) -> Callable[[Any, jax.Array], jax.Array]:
+        """Returns f(i, scores), which sets to -inf those of tile i that a token does not see."""
+        start: Any = 0
+        if self.documents is not None:
+            start = plgpu.load(start_s, layout=tiles.BY_ROW)
+        tokens = self.first_token(warpgroup) + tiles.row_ids()
+        first_key = self.key_range.first_key(tokens, start)
+        end_key = self.key_range.end_key(tokens)
+
+        def apply(i: Any, scores: jax.Array) -> jax.Array:
+            column = tiles.column_ids(tiles.ROWS, self.width)
+            seen = column >= tiles.across(first_key - i * self.width, self.width)
+            seen &= column < tiles.across(end_key - i * self.width, self.width)
+            return jnp.where(seen, scores, -jnp.inf)
+
+        return apply
+
+    def _tiles(self, keys: Any) -> Any:
+        return lax.div(keys + (self.width - 1), jnp.int32(self.width))
+
+
+def copy_all(copies: list[tuple[Any, Any]], barrier: Any) -> None:
+    """Starts copies to shared memory, all of which arrive at one barrier."""
+    for source, destination in copies:
+        plgpu.copy_gmem_to_smem(source, destination, barrier)
+
+
+def weights_and_gradient(
+    left: Any, right: Any, dleft: Any, dright: Any, weigh: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns weigh(left @ right^T) and dleft @ dright^T, which is computed during `weigh`."""
+
+    def body(scores: Any, dweights: Any) -> tuple[jax.Array, jax.Array]:
+        plgpu.wgmma(scores, left, tiles.transposed(right))
+        plgpu.wgmma(dweights, dleft, tiles.transposed(dright))
+        weights = weigh(plgpu.wgmma_accumulator_load(scores, wait_n=1))
+        return weights, dweights[...]
+
+    accumulator = plgpu.ACC((left.shape[0], right.shape[0]), jnp.float32)
+    return pl.run_scoped(body, accumulator, accumulator)
