@@ -75,7 +75,7 @@ def get_config(arm: str = "asa") -> ConfigDict:
             # Twice the training length shows how far the model extrapolates.
             "lengths": (512, 1024),
             "depths": (0.0, 0.5, 1.0),
-            "samples": 4,
+            "samples": 2,
             "batch_tokens": 4096,
             "perplexity_tokens": 65536,
             "position_bucket_tokens": 128,
