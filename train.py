@@ -18,6 +18,7 @@ if __name__ == "__main__":
     # Before the seconds that it takes to import jax: what can be refused now is refused now.
     RUN = exit_on_error(start_run)
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,15 +117,18 @@ def evaluate(trainer: Trainer, params: Any, feed: Feed) -> dict[str, float]:
 
 def report(run: Run) -> None:
     """Says where everything is and what to do next."""
-    if jax.process_index() != 0:
-        return
-    print(f"finished: {run.config.training.steps} steps")
-    for name in (CHECKPOINTS, METRICS, TENSORBOARD, PLOT):
-        print(f"  {name:<14} {run.workdir / name}")
-    print(
-        f"next:\n  python eval.py --workdir={run.workdir}\n"
-        f"  python generate.py --workdir={run.workdir} --prompt='The '"
-    )
+    places = (CHECKPOINTS, METRICS, TENSORBOARD, PLOT)
+    lines = [
+        f"finished: {run.config.training.steps} steps",
+        *(f"  {name:<14} {run.workdir / name}" for name in places),
+        "next:",
+        f"  python eval.py --workdir={run.workdir}",
+        f"  python generate.py --workdir={run.workdir} --prompt='The '",
+    ]
+    # Whether anyone still reads makes no difference to a finished run.
+    with contextlib.suppress(BrokenPipeError):
+        if jax.process_index() == 0:
+            print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""metrics.jsonl over resumes, rates, and the limit of steps that are not finite."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from asa_jax.errors import UserError
+from asa_jax.training.flops import flops_per_token
+from asa_jax.training.metrics import MetricsWriter, plot_losses, read_metrics
+from asa_jax.training.progress import ProgressDisplay
+from asa_jax.training.run_log import RunLog, bits_per_byte
+
+
+def _metrics(loss=2.0, in_a_row=0):
+    return {
+        "loss": jnp.float32(loss),
+        "grad_norm": jnp.float32(1),
+        "learning_rate": jnp.float32(0.1),
+        "tokens": jnp.int32(100),
+        "target_bytes": jnp.int32(400),
+        "nonfinite_steps": jnp.int32(in_a_row),
+        "nonfinite_in_a_row": jnp.int32(in_a_row),
+    }
+
+
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path):
+    with MetricsWriter(tmp_path, 0) as writer:
+        for step in range(1, 6):
+            writer.write(step, {"loss": float(step)})
+        writer.write(5, {"validation_loss": 5.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a kill in the middle of a line
+    with MetricsWriter(tmp_path, 3) as writer:
+        writer.write(4, {"loss": 40.0})
+    assert [(x["step"], x["loss"]) for x in read_metrics(tmp_path)] == [
+        (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)
+    ]  # fmt: skip
+
+
+def test_a_new_run_drops_every_line(tmp_path):
+    for _ in range(2):
+        with MetricsWriter(tmp_path, 0) as writer:
+            writer.write(1, {"loss": 1.0})
+    assert len(read_metrics(tmp_path)) == 1
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_lines_are_json_whatever_the_loss(tmp_path):
+    with MetricsWriter(tmp_path, 0) as writer:
+        writer.write(1, {"loss": math.nan, "grad_norm": math.inf, "mfu": None})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line) == {"step": 1, "loss": None, "grad_norm": None, "mfu": None}
+
+
+def test_plot(tmp_path):
+    plot_losses(tmp_path)  # a run without metrics yet
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 3}\n')
+    plot_losses(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bits_per_byte():
+    """A uniform choice among 16 tokens of 4 bytes is one bit a byte."""
+    assert bits_per_byte(100 * math.log(16), 400) == pytest.approx(1)
+
+
+def test_steps_are_completed_one_late_and_shown(tmp_path, make_config, capsys):
+    config = make_config(**{"training.steps": 4, "training.log_every_steps": 2})
+    with RunLog(tmp_path, config, 1000, 0) as log:
+        for step in range(1, 5):
+            log.push(step, _metrics(loss=step), 0.25)
+            assert len(read_metrics(tmp_path)) == step - 1
+        log.flush()
+    lines = read_metrics(tmp_path)
+    assert [line["loss"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert line["bits_per_byte"] == pytest.approx(line["loss"] / 4 / math.log(2))
+        assert line["tokens_per_second"] == pytest.approx(100 / line["step_seconds"])
+        assert line["data_wait_seconds"] == 0.25
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in shown] == ["step 2/4", "step 4/4"]
+    assert "loss 4.0000" in shown[1] and "bits/byte 1.443" in shown[1]
+
+
+def test_stops_after_the_limit_of_steps_that_are_not_finite(tmp_path, make_config):
+    config = make_config(**{"training.max_nonfinite_steps": 2})
+    with RunLog(tmp_path, config, 1000, 0) as log:
+        log.push(1, _metrics(math.nan, in_a_row=1), 0)
+        log.push(2, _metrics(math.nan, in_a_row=2), 0)
+        with pytest.raises(UserError, match="step 2: loss or gradient not finite 2 times in a row"):
+            log.flush()
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [None, None]
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_run(monkeypatch):
+    def gone(*_, **__):
+        raise BrokenPipeError
+
+    with ProgressDisplay(0, 10, 1) as display:
+        monkeypatch.setattr("builtins.print", gone)
+        display.update(1, {"loss": 1.0}, 5.0)
+        display.print("line")
+
+
+def test_flops_of_a_full_model_by_hand(make_config):
+    """6 a weight, and 6 * N * 2H for each of (T + 1) / 2 keys in each of two layers."""
+    model = make_config(**{"model.layer_kinds": ("full", "full")}).model
+    weights = 10_000
+    table = model.vocab_size * model.hidden_size
+    expected = 6 * (weights - table) + 2 * 6 * 4 * 16 * (64 + 1) / 2
+    assert flops_per_token(model, weights, 64) == expected
+
+
+def test_flops_of_sparse_layers_grow_with_what_they_see(make_config):
+    def flops(kind, length):
+        return flops_per_token(make_config(**{"model.layer_kinds": (kind,)}).model, 0, length)
+
+    assert flops("sliding", 2**16) == pytest.approx(flops("sliding", 2**15), rel=1e-3)
+    assert flops("global", 2**16) < flops("mla", 2**16) / 7
+    # All of a short row is in the window and in the selected blocks.
+    assert flops("local", 16) == flops("mla", 16)

@@ -1,0 +1,109 @@
+"""The lock of a run and what may change when it goes on; no device is needed."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from asa_jax.config import config_to_dict
+from asa_jax.errors import CheckpointError, ConfigError
+from asa_jax.flags import PROJECT
+from asa_jax.training.run_directory import config_changes, open_run, open_sources
+
+
+def _open(workdir, config, allow_changes=False):
+    return open_run(workdir, config, allow_changes=allow_changes)
+
+
+def test_writes_the_configuration(tmp_path, make_config):
+    with _open(tmp_path / "a" / "b", make_config()):
+        written = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
+    assert config_changes(written, config_to_dict(make_config())) == []
+
+
+def _hold(workdir, config, ready):
+    with _open(workdir, config):
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_second_trainer_is_refused_and_a_dead_one_leaves_no_lock(tmp_path, make_config):
+    spawn = multiprocessing.get_context("spawn")
+    ready = spawn.Event()
+    holder = spawn.Process(target=_hold, args=(tmp_path, make_config(), ready))
+    holder.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(CheckpointError, match=rf"train\.lock: .* \(pid {holder.pid} on "):
+            _open(tmp_path, make_config())
+    finally:
+        holder.kill()
+        holder.join()
+    with _open(tmp_path, make_config()):
+        assert f"pid {os.getpid()} on " in (tmp_path / "train.lock").read_text()
+
+
+@pytest.fixture
+def begun(tmp_path, make_config):
+    """A run directory that has a checkpoint."""
+    _open(tmp_path, make_config()).close()
+    (tmp_path / "checkpoints" / "10").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model.mlp_size", 48),
+        ("optimizer.learning_rate", 0.5),
+        ("optimizer.accumulation_steps", 2),
+        ("training.seed", 1),
+    ],
+)
+def test_a_changed_field_is_refused_by_name(begun, make_config, field, value):
+    changed = make_config(**{field: value})
+    with pytest.raises(ConfigError, match=rf"^config\.{field}: was .*, is {value}"):
+        _open(begun, changed)
+    _open(begun, changed, allow_changes=True).close()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("training.steps", 40),
+        ("training.checkpoint_every_steps", 3),
+        ("mesh.fsdp", 2),
+        ("evaluation.seed", 1),
+        ("model.remat", "full"),
+    ],
+)
+def test_a_field_that_does_not_change_the_next_step_may_change(begun, make_config, field, value):
+    _open(begun, make_config(**{field: value})).close()
+
+
+def test_a_run_without_checkpoints_starts_with_any_configuration(tmp_path, make_config):
+    _open(tmp_path, make_config()).close()
+    _open(tmp_path, make_config(**{"model.mlp_size": 48})).close()
+
+
+def test_a_broken_config_json_leaves_the_decision_to_the_checkpoint(begun, make_config):
+    (begun / "config.json").write_text("{")
+    _open(begun, make_config(**{"model.mlp_size": 48})).close()
+
+
+def test_sources_are_checked(token_folder, make_config):
+    name = str(token_folder)
+    assert len(open_sources(make_config(**{"data.sources": (name,)}))) == 1
+    small = make_config(**{"data.sources": (name,), "model.vocab_size": 200})
+    with pytest.raises(ConfigError, match=r"config\.model\.vocab_size"):
+        open_sources(small)
+
+
+def test_a_refusal_needs_no_jax(begun):
+    """The imports of train.py up to its refusals."""
+    code = "import asa_jax.training.run_directory, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0

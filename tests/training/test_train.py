@@ -1,0 +1,269 @@
+"""train.py as a user runs it: finish, resume, signals, damage, refusals."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import chex
+import pytest
+
+from asa_jax.flags import PROJECT
+from asa_jax.training.checkpoint import restore_params
+from asa_jax.training.metrics import read_metrics
+from asa_jax.training.run_directory import open_run
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def command(small_flags, token_folder):
+    """Arguments of a run of 60 steps, but for its directory."""
+    return [
+        sys.executable, "train.py", "--config=configs/base.py", *small_flags,
+        f"--config.data.sources={token_folder}", f"--config.training.steps={STEPS}",
+        "--config.training.checkpoint_every_steps=20", "--config.training.eval_every_steps=40",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Compiles quickly, and once for all runs."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def train(command, environment):
+    """Returns train(workdir, *more flags), which runs to the end."""
+
+    def run(workdir, *more):
+        return subprocess.run(
+            [*command, f"--workdir={workdir}", *more],
+            cwd=PROJECT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def start(command, environment):
+    """Returns start(workdir, *more flags), which runs in the background; killed after the test."""
+    running = []
+
+    def run(workdir, *more):
+        with (workdir.parent / "output").open("w") as output:
+            process = subprocess.Popen(
+                [*command, f"--workdir={workdir}", *more],
+                cwd=PROJECT, env=environment, stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def finished(train, tmp_path_factory):
+    """The directory and the output of a run without interruption."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    done = train(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def _losses(workdir: Path) -> list[tuple]:
+    names = ("step", "loss", "grad_norm", "learning_rate", "validation_loss")
+    return [tuple(line.get(name) for name in names) for line in read_metrics(workdir)]
+
+
+def _params(workdir: Path) -> Any:
+    _, params, step = restore_params(workdir)
+    assert step == STEPS
+    return params
+
+
+def _wait_for_step(workdir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in read_metrics(workdir)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_run_says_what_it_does_and_where_everything_is(finished):
+    workdir, done = finished
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"starts at step 0 of {STEPS}:")
+    assert any(line.startswith("step 60/60  loss ") and "bits/byte" in line for line in lines)
+    assert not done.stderr
+    for name in ("checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "config.json"):
+        assert (workdir / name).exists()
+    assert f"python eval.py --workdir={workdir}" in done.stdout
+    steps = [line["step"] for line in read_metrics(workdir) if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    evaluated = [line for line in read_metrics(workdir) if "validation_loss" in line]
+    assert [line["step"] for line in evaluated] == [40, STEPS]
+    assert evaluated[1]["validation_loss"] < evaluated[0]["validation_loss"]
+
+
+def test_a_finished_run_says_so(finished, train):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    done = train(workdir)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"finished: {STEPS} steps")
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_can_be_made_longer(finished, train, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    done = train(tmp_path / "run", "--config.training.steps=61")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("resumes after step 60 of 61")
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(finished, start, train, tmp_path, number):
+    workdir = tmp_path / "run"
+    process = start(workdir, "--config.training.checkpoint_every_steps=1000")
+    _wait_for_step(workdir, 7)
+    process.send_signal(number)
+    time.sleep(random.Random(number).random() / 10)
+    process.send_signal(number)  # during the save, or close to it
+    assert process.wait(60) == 128 + number
+    output = (tmp_path / "output").read_text()
+    assert "stopped after step" in output and "Traceback" not in output
+    done = train(workdir)
+    assert done.returncode == 0, done.stderr
+    assert _losses(workdir) == _losses(finished[0])
+    chex.assert_trees_all_equal(_params(workdir), _params(finished[0]))
+
+
+@pytest.mark.slow
+def test_kills_lose_at_most_one_save_interval_and_change_nothing(finished, start, train, tmp_path):
+    workdir, rng = tmp_path / "run", random.Random(0)
+    interval = 2
+    flags = [f"--config.training.checkpoint_every_steps={interval}"]
+    for _ in range(3):
+        reached = max((line["step"] for line in read_metrics(workdir)), default=0)
+        process = start(workdir, *flags)
+        _wait_for_step(workdir, 1)
+        while process.poll() is None and (len(read_metrics(workdir)) < reached + 3):
+            time.sleep(0.01)
+        time.sleep(rng.random() / 20)
+        process.kill()
+        process.wait()
+        newest = read_metrics(workdir)[-1]["step"]
+    done = train(workdir, *flags)
+    assert done.returncode == 0, done.stderr
+    resumed = int(done.stdout.split("step ")[1].split()[0])
+    assert resumed >= newest - 2 * interval
+    losses = [x for x in _losses(workdir) if x[1] is not None]
+    assert losses == [x for x in _losses(finished[0]) if x[1] is not None]
+    chex.assert_trees_all_equal(_params(workdir), _params(finished[0]))
+
+
+def test_a_damaged_newest_step_is_passed_over(finished, train, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    file = workdir / "checkpoints" / str(STEPS) / "params" / "manifest.ocdbt"
+    file.write_bytes(file.read_bytes()[:-1])
+    done = train(workdir)
+    assert done.returncode == 0
+    (warning,) = done.stderr.splitlines()
+    assert "60: passed over: params/manifest.ocdbt is not as it was written" in warning
+    assert done.stdout.startswith("resumes after step 40 of 60")
+    assert _losses(workdir) == _losses(finished[0])
+    chex.assert_trees_all_equal(_params(workdir), _params(finished[0]))
+
+
+def test_damaged_checkpoints_are_never_a_silent_new_start(finished, train, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    for digest in workdir.glob("checkpoints/*/digest.json"):
+        digest.unlink()
+    done = train(workdir)
+    assert done.returncode == 1
+    assert "checkpoints is usable (60: digest.json is missing)" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_is_not_finite_stops_and_saves_nothing_of_it(train, tmp_path):
+    done = train(
+        tmp_path / "run", "--config.optimizer.learning_rate=1e30",
+        "--config.training.max_nonfinite_steps=3", "--config.training.checkpoint_every_steps=1",
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "loss or gradient not finite 3 times in a row" in line
+    chex.assert_tree_all_finite(restore_params(tmp_path / "run")[1])
+
+
+def _refusal(train, workdir, *more):
+    """Runs and returns the single line of the refusal, its code and the processor seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = train(workdir, *more)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    (line,) = done.stderr.splitlines()
+    assert not done.stdout
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 2
+    return line, done.returncode
+
+
+def test_refuses_what_it_can_before_importing_jax(finished, train, tmp_path, make_config):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    line, code = _refusal(train, workdir, "--config.training.seed=1")
+    assert (code, line.startswith("error: config.training.seed: was 0, is 1")) == (2, True)
+    # Given twice, a tuple has both elements.
+    flags = ("--config.data.sources=nowhere", "--config.data.weights=(1.0,1.0)")
+    line, code = _refusal(train, workdir, *flags)
+    assert (code, line.startswith("error: nowhere: no manifest.json")) == (1, True)
+    line, code = _refusal(train, workdir, "--config.model.vocab_size=100")
+    assert (code, "config.model.vocab_size" in line) == (2, True)
+    line, code = _refusal(train, PROJECT / "train.py" / "run")
+    assert (code, "Not a directory" in line) == (1, True)
+    with open_run(workdir, make_config(), allow_changes=True):
+        line, code = _refusal(train, workdir)
+    assert (code, f"a trainer works here already (pid {os.getpid()}" in line) == (1, True)
+
+
+def test_refuses_changed_data(finished, train, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    done = train(workdir, "--config.data.seed=1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config.data: seed was 0, is 1")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(command, environment, tmp_path, finished):
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$@" | head -n 1', "-", *command,
+         f"--workdir={tmp_path / 'run'}"],
+        cwd=PROJECT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert _losses(tmp_path / "run") == _losses(finished[0])
+
+
+def test_config_json_is_what_was_trained_with(finished):
+    written = json.loads((finished[0] / "config.json").read_text())
+    assert written["training"]["steps"] == STEPS
