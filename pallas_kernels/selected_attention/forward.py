@@ -126,6 +126,26 @@ class TileWalk:
             pieces.append(piece)
         return jnp.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
 
+    def weights(
+        self, step: jax.Array, products: jax.Array, maximum: jax.Array, causal: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        """The maximum of the scores in base 2 so far, and exp2(scores - maximum)."""
+        scale2 = self.problem.scale2
+        if self.problem.blocks_per_step > 1 or scale2 <= 0:
+            scores = self.scores(step, products, jnp.zeros_like(maximum), causal)
+            maximum = jnp.maximum(maximum, scores.max(axis=1))
+            return maximum, jnp.exp2(scores - tiles.across(maximum, KEYS))
+        # One block: all of a row counts or nothing, so numbers of the row do the masking.
+        entry = self.entries[step]
+        if causal:
+            last = self.token - (entry >> MEMBER_BITS) * KEYS
+            products = jnp.where(self.column <= tiles.across(last, KEYS), products, -jnp.inf)
+        is_member = (entry >> self.group) & 1 == 1
+        largest = jnp.where(is_member, products.max(axis=1) * scale2, -jnp.inf)
+        maximum = jnp.maximum(maximum, largest)
+        offset = jnp.where(is_member, maximum, jnp.inf)
+        return maximum, jnp.exp2(products * scale2 - tiles.across(offset, KEYS))
+
     def run(self, num_steps: jax.Array, step: Any, carry: Any) -> Any:
         """Calls `step(index, carry, causal)` for every step."""
         first_causal = jnp.maximum(num_steps - self.problem.causal_steps, 0)
@@ -200,10 +220,8 @@ def forward(
             buffers = walk.wait(index)
             pairs = zip(query_s, buffers, strict=False)
             products = tiles.matmul(*((q, tiles.transposed(k)) for q, k in pairs))
-            scores = walk.scores(index, products, jnp.zeros_like(maximum), causal)
-            new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+            new_maximum, weights = walk.weights(index, products, maximum, causal)
             rescale = jnp.exp2(maximum - new_maximum)
-            weights = jnp.exp2(scores - tiles.across(new_maximum, KEYS))
             total = total * rescale + weights.sum(axis=1)
             sums = sums * tiles.across(rescale, num_columns)
             values = buffers[value_index]
