@@ -1,8 +1,8 @@
 """Run configuration: frozen dataclasses, checked when they are made.
 
-`configs/*.py` hold `ml_collections.ConfigDict`s that the command line can override. `config_from_dict`
-converts one to a `Config` once; nothing behind it sees a ConfigDict. Every error is one line that
-names the field, its value and what is allowed.
+`configs/*.py` hold `ml_collections.ConfigDict`s that the command line can override.
+`config_from_dict` converts one to a `Config` once; nothing behind it sees a ConfigDict. Every error
+is one line that names the field, its value and what is allowed.
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ EVALUATION_TASKS = (
     "perplexity", "single_noise", "single_text", "single_uuid", "multi_key", "multi_value",
     "multi_query", "variable_tracking", "frequent_words", "associative_recall", "key_value",
 )  # fmt: skip
+# Random generators take 32 bits; a larger seed would be refused or cut.
+MAX_SEED = 2**32 - 1
 # Rotary positions have no end; beyond this a length is a slip of the keyboard.
 MAX_EVALUATION_TOKENS = 2**20
 
@@ -45,6 +47,10 @@ def _require_positive(section: str, obj: Any, *names: str) -> None:
     for name in names:
         value = getattr(obj, name)
         require(value > 0, f"{section}.{name}", value, "positive")
+
+
+def _require_seed(section: str, value: int) -> None:
+    require(0 <= value <= MAX_SEED, f"{section}.seed", value, f"from 0 to {MAX_SEED}")
 
 
 def _require_multiple(section: str, obj: Any, name: str, divisor: str) -> None:
@@ -74,7 +80,7 @@ class ModelConfig:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    # global: latents of group_kv_lora_rank features, each serving num_heads / num_latent_groups heads
+    # global: each latent of group_kv_lora_rank features serves num_heads / num_latent_groups heads
     num_latent_groups: int
     group_kv_lora_rank: int
     # global, nsa
@@ -117,6 +123,8 @@ class ModelConfig:
             "selection" not in self.nsa_branches or "compression" in self.nsa_branches,
             "model.nsa_branches", self.nsa_branches, "with compression, whose scores select blocks",
         )  # fmt: skip
+        distinct = len(set(self.nsa_branches)) == len(self.nsa_branches)
+        require(distinct, "model.nsa_branches", self.nsa_branches, "without repetition")
         _require_choice("model", "nsa_compression", self.nsa_compression, ("mean", "mlp"))
         _require_choice("model", "compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         _require_choice("model", "remat", self.remat, ("none", "dots", "full"))
@@ -125,6 +133,12 @@ class ModelConfig:
         for name in ("head_dim", "qk_rope_head_dim"):
             value = getattr(self, name)
             require(value % 2 == 0, f"model.{name}", value, "even (rotary embedding)")
+        widest = self.qk_nope_head_dim + self.qk_rope_head_dim
+        require(
+            self.v_head_dim <= widest or "mla" not in self.layer_kinds,
+            "model.v_head_dim", self.v_head_dim,
+            f"at most qk_nope_head_dim + qk_rope_head_dim = {widest} where a layer is 'mla'",
+        )  # fmt: skip
         self._check_blocks()
 
     def _check_blocks(self) -> None:
@@ -137,10 +151,11 @@ class ModelConfig:
             self.compression_block_size, f"at most model.selection_block_size = {size}",
         )  # fmt: skip
         if "global" in self.layer_kinds:
-            same = self.compression_block_size == self.compression_stride == size
+            stride = self.compression_stride
             require(
-                same, "model.compression_block_size", self.compression_block_size,
-                "equal to compression_stride and selection_block_size where a layer is 'global'",
+                self.compression_block_size == stride == size, "model.compression_block_size",
+                self.compression_block_size, f"equal to model.compression_stride = {stride} and "
+                f"model.selection_block_size = {size} where a layer is 'global'",
             )  # fmt: skip
 
     @property
@@ -171,7 +186,7 @@ class DataConfig:
         )  # fmt: skip
         require(all(w > 0 for w in self.weights), "data.weights", self.weights, "positive")
         _require_positive("data", self, "sequence_length", "batch_size")
-        _require_range("data", self, 0, "seed")
+        _require_seed("data", self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,8 +247,9 @@ class TrainingConfig:
         # One step is always complete while another is being written or deleted.
         _require_range("training", self, 2, "keep_checkpoints")
         _require_range(
-            "training", self, 0, "seed", "eval_every_steps", "profile_start_step", "profile_steps"
+            "training", self, 0, "eval_every_steps", "profile_start_step", "profile_steps"
         )
+        _require_seed("training", self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -275,7 +291,7 @@ class EvaluationConfig:
             "evaluation", self, "samples", "batch_tokens", "perplexity_tokens",
             "position_bucket_tokens",
         )  # fmt: skip
-        _require_range("evaluation", self, 0, "seed")
+        _require_seed("evaluation", self.seed)
         for task in self.tasks:
             _require_choice("evaluation", "tasks", task, EVALUATION_TASKS)
         require(bool(self.lengths), "evaluation.lengths", self.lengths, "at least one length")
@@ -365,7 +381,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         element = typing.get_args(hint)[0]
         return tuple(_convert(item, element, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if type(value) is not hint:
         raise ConfigError(f"{path} = {value!r}: must be of type {hint.__name__}")
     if hint is float and not math.isfinite(value):
