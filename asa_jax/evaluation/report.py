@@ -129,7 +129,7 @@ def choice_table(results: Sequence[ChoiceResult]) -> Table:
             _percent(result.accuracy, result.accuracy_error),
             _percent(result.accuracy_norm, result.accuracy_norm_error),
             _percent(result.chance, None),
-            "" if result.perplexity is None else f"{result.perplexity:,.1f}",
+            "" if result.perplexity is None else f"{result.perplexity:.4g}",
         )  # fmt: skip
     return table
 

@@ -44,9 +44,9 @@ def test_normalisation_by_hand():
 
 
 def test_length_is_in_bytes_of_the_text_without_its_space():
-    """'é' has two bytes: -3 / 2 loses to -1.4 / 1, as it would not by characters."""
-    scores = [RequestScore(-3.0, False), RequestScore(-1.4, False), RequestScore(-9, False)]
-    result = summarise("x", [_choices(1, " é", "a", "b")], scores)
+    """'é' has two bytes: -1.6 / 2 beats -1.4 / 1, as it would not by characters."""
+    scores = [RequestScore(-1.6, False), RequestScore(-1.4, False), RequestScore(-9, False)]
+    result = summarise("x", [_choices(0, " é", "a", "b")], scores)
     assert result.accuracy_norm == 1
     assert result.chance == pytest.approx(1 / 3)
 
