@@ -49,15 +49,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     known = math.prod(size for size in sizes if size != -1)
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    if math.prod(sizes) != len(devices):
-        shape = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    shape = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(shape) != len(devices):
+        product = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        needed = f"a multiple of {known}" if -1 in sizes else f"{known}"
         raise ConfigError(
-            f"config.mesh: {shape} is {math.prod(sizes)} devices, but {len(devices)} are here; "
+            f"config.mesh: {product} needs {needed} devices, but {len(devices)} are here; "
             "set the axes so that their product matches (-1 on one takes the rest)"
         )
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
 
 
 def partition_spec(axes: Sequence[str]) -> P:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from asa_jax.config import ModelConfig
+from asa_jax.sharding import constrain
 
 
 def normal_param(
@@ -72,7 +73,9 @@ class TokenEmbedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Looks up [..., D] vectors of tokens [...], which must lie in [0, V)."""
-        return self.table[...].astype(self.dtype)[tokens]
+        # Whole vectors: a lookup in parts of them has no sharding that batch and sequence fit.
+        table = constrain(self.table[...].astype(self.dtype), "vocab", "activation")
+        return table[tokens]
 
     def unembedding(self) -> jax.Array:
         """The [D, V] matrix of the logits."""
