@@ -8,8 +8,8 @@ from absl import flags
 from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.decoding.settings import Sampling, check_request
 from asa_jax.errors import ConfigError, DataError
-from asa_jax.evaluation.options import load_run_tokenizer, read_run_config
 from asa_jax.flags import parse_arguments
+from asa_jax.trained_run import load_run_tokenizer, read_run_config
 
 # Far more text than a model can read; a larger file was not meant.
 MAX_PROMPT_BYTES = 2**26

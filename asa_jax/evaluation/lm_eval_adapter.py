@@ -27,7 +27,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
 from asa_jax.decoding.generate import Generator
-from asa_jax.decoding.options import Sampling
+from asa_jax.decoding.settings import Sampling
 from asa_jax.errors import DataError
 from asa_jax.evaluation.multiple_choice import (
     Example,

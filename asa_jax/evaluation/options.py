@@ -2,17 +2,16 @@
 
 import dataclasses
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from asa_jax.config import Config, EvaluationConfig, config_from_dict
-from asa_jax.data.shards import TOKENIZER
-from asa_jax.data.tokenizer import BYTES, Tokenizer, load_tokenizer
-from asa_jax.errors import CheckpointError, ConfigError
+from asa_jax.config import EvaluationConfig
+from asa_jax.data.tokenizer import Tokenizer
+from asa_jax.errors import ConfigError
 from asa_jax.flags import PROJECT, parse_arguments
+from asa_jax.trained_run import load_run_tokenizer, read_run_config
 
 DEFAULT_FILLER = PROJECT / "texts" / "validation" / "northanger_abbey.txt"
 # Lists of flags that take the place of the run's evaluation settings.
@@ -96,31 +95,6 @@ def parse_options() -> Options:
         limit=given.limit,
         output=Path(given.output).expanduser() if given.output else workdir / "evaluation",
     )
-
-
-def read_run_config(workdir: Path) -> Config:
-    """Reads the configuration that a run left as JSON.
-
-    Raises:
-        CheckpointError: there is no run, or its config.json is broken.
-        ConfigError: a field is not known to this version.
-    """
-    path = workdir / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); give the --workdir of a trained run"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: broken JSON ({error})") from None
-    return config_from_dict(values)
-
-
-def load_run_tokenizer(workdir: Path) -> Tokenizer:
-    """Loads the tokenizer that a run was trained with; a run of bytes has no file for it."""
-    path = workdir / TOKENIZER
-    return load_tokenizer(path if path.exists() else BYTES)
 
 
 def _evaluation(config: EvaluationConfig) -> EvaluationConfig:
