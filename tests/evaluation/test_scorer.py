@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asa_jax.config import MeshConfig
+from asa_jax.decoding.generate import Generator
+from asa_jax.decoding.settings import Sampling
 from asa_jax.errors import ConfigError, DataError
+from asa_jax.evaluation.samples import Sample, score_samples
 from asa_jax.evaluation.scorer import Scorer, fill_batch, pack_rows
 from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import make_mesh
@@ -79,6 +82,26 @@ def test_equals_plain_logits(kinds, make_config, tokenizer, mesh, sequences):
     # Other sequences that fill as many rows run what is compiled.
     scorer.score([sequences[5][:size] for size in (110, 90, 100, 20)])
     assert scorer._score._cache_size() == 1
+
+
+def test_an_answer_is_right_exactly_if_greedy_decoding_gives_it(make_config, tokenizer, mesh):
+    """The claim that lets retrieval do without a decoder, against the cached decoder."""
+    config = make_config(("local",))
+    params = random_params(config.model)
+    prompt = list(b"a prompt of some length")
+    generator = Generator(config, params, tokenizer)
+    drawn = generator.stream_tokens([prompt], max_tokens=20, sampling=Sampling(temperature=0))
+    answer = np.concatenate([tokens[0] for tokens in drawn])
+    chex.assert_shape(answer, (20,))
+
+    samples = []
+    for wrong in (None, 0, 11, 19):
+        tokens = np.array([*prompt, *answer], np.int32)
+        if wrong is not None:
+            tokens[len(prompt) + wrong] = (tokens[len(prompt) + wrong] + 1) % 257
+        samples.append(Sample(tokens, (slice(len(prompt), len(tokens)),)))
+    scores = score_samples(Scorer(config, params, tokenizer, mesh), samples)
+    assert [score.exact for score in scores] == [1, 0, 0, 0]
 
 
 def test_a_token_outside_the_vocabulary_is_named(make_config, tokenizer, mesh):
