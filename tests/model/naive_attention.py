@@ -76,7 +76,8 @@ def attend(
     repeats = query.shape[1] // key.shape[1]
     key, value = np.repeat(key, repeats, axis=1), np.repeat(value, repeats, axis=1)
     weights = mask * np.exp(scale * einsum("TNH,SNH->NTS", query, key))
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    total = weights.sum(-1, keepdims=True)
+    weights /= total + (total == 0)
     return einsum("NTS,SNH->TNH", weights, value), weights
 
 

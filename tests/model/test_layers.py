@@ -1,0 +1,63 @@
+"""Rotary embedding and normalisation."""
+
+import chex
+import hypothesis
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from asa_jax.model.layers import RMSNorm
+from asa_jax.model.rope import rotate
+from tests.model import naive_attention
+
+positions = st.integers(0, 2**16)
+
+
+def _heads(seed: int, dtype: str = "float32") -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(1, 1, 3, 8)).astype(dtype)
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(query=positions, key=positions, shift=st.integers(0, 2**12))
+def test_scores_depend_on_the_distance_alone(query, key, shift):
+    def score(query, key):
+        return np.sum(_rotated(_heads(0), query) * _rotated(_heads(1), key), axis=-1)
+
+    chex.assert_trees_all_close(score(query, key), score(query + shift, key + shift), atol=0.05)
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(position=positions)
+def test_rotation_keeps_the_length(position):
+    lengths = [np.linalg.norm(x, axis=-1) for x in (_heads(0), _rotated(_heads(0), position))]
+    chex.assert_trees_all_close(*lengths, rtol=1e-5)
+
+
+def _rotated(x: np.ndarray, position: int) -> np.ndarray:
+    return np.asarray(rotate(x, jnp.array([[position]]), 1e4))
+
+
+def test_bfloat16_positions_are_exact():
+    """Angles of bfloat16 would be wrong by whole turns at position 50,000."""
+    x = jnp.asarray(_heads(0), "bfloat16")
+    exact = rotate(x.astype("float32"), jnp.array([[50_001]]), 1e4)
+    chex.assert_trees_all_close(
+        rotate(x, jnp.array([[50_001]]), 1e4).astype("float32"), exact, rtol=2**-7, atol=2**-8
+    )
+
+
+def test_rms_norm():
+    norm = RMSNorm(8, 1e-2)
+    norm.scale[...] = jnp.arange(8.0)
+    x = 0.1 * _heads(0)
+    chex.assert_trees_all_close(
+        np.asarray(norm(x)), naive_attention.rms_norm(x, np.arange(8.0), 1e-2), rtol=1e-5
+    )
+
+
+def test_rms_norm_of_bfloat16_has_float32_statistics():
+    """In bfloat16 the sum of 4,096 ones would stop at 256."""
+    x = jnp.ones((4096,), "bfloat16")
+    output = RMSNorm(4096, 1e-6)(x)
+    assert output.dtype == jnp.bfloat16
+    chex.assert_trees_all_equal(output, x)
