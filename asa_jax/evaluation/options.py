@@ -14,8 +14,8 @@ from asa_jax.flags import PROJECT, parse_arguments
 from asa_jax.trained_run import load_run_tokenizer, read_run_config
 
 DEFAULT_FILLER = PROJECT / "texts" / "validation" / "northanger_abbey.txt"
-# Lists of flags that take the place of the run's evaluation settings.
-_OVERRIDES = ("tasks", "lengths", "depths", "samples", "batch_tokens", "seed")
+# Each evaluation setting of the run has a flag that takes its place.
+_OVERRIDES = tuple(field.name for field in dataclasses.fields(EvaluationConfig))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ def _define_flags() -> None:
     flags.DEFINE_list("depths", None, "depths of needles, from 0 to 1")
     flags.DEFINE_integer("samples", None, "generated samples of each length and depth")
     flags.DEFINE_integer("batch_tokens", None, "tokens of one forward pass, at most")
+    flags.DEFINE_integer("perplexity_tokens", None, "predictions for each text and length, at most")
+    flags.DEFINE_integer("position_bucket_tokens", None, "positions in a bucket of the loss curve")
     flags.DEFINE_integer("seed", None, "seed of the generated tasks")
     flags.DEFINE_multi_string("text", [], "text file for the perplexity task, instead of the run's")
     flags.DEFINE_string("filler", str(DEFAULT_FILLER), "text file that hides the needles")

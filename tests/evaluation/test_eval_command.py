@@ -110,6 +110,7 @@ def test_nothing_to_measure_is_refused(workdir):
         (["--workdir={run}", "--lengths=1,x"], 2, "--lengths=1,x: must be numbers"),
         (["--workdir={run}", "--lengths=2000000"], 2, "lengths = 2000000: must be from 2 to"),
         (["--workdir={run}", "--depths=1.5"], 2, "depths = (1.5,): must be between 0"),
+        (["--workdir={run}", "--position_bucket_tokens=0"], 2, "position_bucket_tokens = 0: must"),
         (["--workdir={run}", "--text={run}/none.txt"], 2, "none.txt: no such file"),
         (["--workdir={run}", "--task=perplexity"], 2, "Unknown command line flag 'task'"),
     ],
