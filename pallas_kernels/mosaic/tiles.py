@@ -5,6 +5,7 @@ one swizzle width; a result is in registers, each row of it in four threads, so 
 along a row stay inside a warp.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -29,9 +30,12 @@ def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-def tiled(shape: Sequence[int], dtype: Any) -> Any:
-    """Returns a buffer in shared memory for operands of `matmul`, the last axis tiled."""
-    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms(shape[-1], dtype))
+def tiled(shape: Sequence[int], dtype: Any, *, like_width: int | None = None) -> Any:
+    """Returns a buffer in shared memory for operands of `matmul`, the last axis tiled.
+
+    Factors of one product must be tiled alike: `like_width` tiles as for another width.
+    """
+    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms(like_width or shape[-1], dtype))
 
 
 def zeros(shape: tuple[int, ...]) -> jax.Array:
@@ -62,21 +66,52 @@ def transposed(ref: Any) -> Any:
 
 def matmul(*pairs: tuple[Any, Any]) -> jax.Array:
     """Sums products of operands in shared memory, [M, X] @ [X, N], in float32 registers."""
+    return matmuls(pairs)[0]
 
-    def body(accumulator: Any) -> jax.Array:
-        for left, right in pairs:
-            plgpu.wgmma(accumulator, left, right)
-        return accumulator[...]
 
-    left, right = pairs[0]
-    return pl.run_scoped(body, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+def matmuls(*sums: Sequence[tuple[Any, Any]]) -> tuple[jax.Array, ...]:
+    """Computes several `matmul`s and waits once for all of them."""
+
+    def body(*accumulators: Any) -> tuple[jax.Array, ...]:
+        for accumulator, pairs in zip(accumulators, sums, strict=True):
+            for left, right in pairs:
+                plgpu.wgmma(accumulator, left, right)
+        return tuple(accumulator[...] for accumulator in accumulators)
+
+    shapes = [(pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in sums]
+    return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
 def add_matmul(sums: jax.Array, left: Any, right: Any, *, interpret: Any = None) -> jax.Array:
-    """Adds left @ right to float32 registers; `left` in registers or shared memory, `right` there.
+    """Adds left @ right to float32 registers; left there or in shared memory, right in that."""
+    return add_matmuls((sums,), [(left, right)], interpret=interpret)[0]
 
-    Interpret mode of jax 0.11 knows no wgmma that starts from sums, so there it is a plain product.
+
+def add_matmuls(
+    sums: Sequence[jax.Array],
+    *pairs: Sequence[tuple[Any, Any]],
+    interpret: Any = None,
+) -> tuple[jax.Array, ...]:
+    """Adds products to float32 registers, several to each sum, and waits once for all of them.
+
+    Interpret mode of jax 0.11 knows no wgmma that starts from sums, so there they are plain
+    products.
     """
     if interpret:
-        return sums + jnp.dot(left[...].astype(jnp.float32), right[...].astype(jnp.float32))
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))(plgpu.ACC.init(sums))
+        return tuple(
+            total
+            + sum(jnp.dot(x[...].astype(jnp.float32), y[...].astype(jnp.float32)) for x, y in p)
+            for total, p in zip(sums, pairs, strict=True)
+        )
+
+    def body(accumulators: Any) -> None:
+        for accumulator, products in zip(accumulators, pairs, strict=True):
+            for left, right in products:
+                plgpu.wgmma(accumulator, left, right)
+
+    return pl.run_state(body)(tuple(plgpu.ACC.init(total) for total in sums))
+
+
+def _add_plain_product(total: jax.Array, pair: tuple[Any, Any]) -> jax.Array:
+    left, right = (factor[...].astype(jnp.float32) for factor in pair)
+    return total + jnp.dot(left, right)

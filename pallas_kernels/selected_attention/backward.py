@@ -22,21 +22,33 @@ from pallas_kernels.selected_attention import forward
 from pallas_kernels.selected_attention.forward import KEYS, Problem
 from pallas_kernels.selected_attention.lists import Cells, InverseLists
 
-STATISTICS = 8  # numbers a row: lse and delta in turn, since a copy lands 32 bytes or more
+COPY_ROWS = 32  # a copy of one float32 a row lands 128 bytes or more
+REPEATS = 4  # or else 32 bytes a row: lse and delta in turn
 
 
-def statistics(lse: jax.Array, delta: jax.Array) -> jax.Array:
-    """Lays out lse (base 2) and delta [B, K, R] as [B, K, R, STATISTICS]."""
-    return jnp.stack([lse, delta] * (STATISTICS // 2), axis=-1)
+def statistics(problem: Problem, lse: jax.Array, delta: jax.Array) -> tuple[jax.Array, ...]:
+    """Lays out lse (base 2) and delta [B, K, R] so that the rows of one group can be copied."""
+    if problem.rows_per_group % COPY_ROWS == 0:
+        return lse, delta
+    return (jnp.stack([lse, delta] * REPEATS, axis=-1),)
 
 
-def load_statistics(buffer: Any) -> tuple[jax.Array, jax.Array]:
+def statistics_buffers(lead: tuple[int, ...], arrays: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+    """Returns shared memory for `statistics` of the rows of a tile."""
+    if len(arrays) == 2:
+        return tuple(plgpu.SMEM((*lead, ROWS), jnp.float32) for _ in arrays)
+    return (tiles.tiled((*lead, ROWS, 2 * REPEATS), jnp.float32),)
+
+
+def load_statistics(buffers: Any) -> tuple[jax.Array, jax.Array]:
     """Reads lse and delta of the rows of a tile."""
-    both = plgpu.load(buffer, layout=tiles.LAYOUT)
-    is_lse = lax.rem(tiles.column_ids(ROWS, STATISTICS), jnp.int32(2)) == 0
-    count = STATISTICS // 2  # a power of two, so that the mean is exact
-    lse = jnp.where(is_lse, both, 0.0).sum(axis=1) / count
-    delta = jnp.where(is_lse, 0.0, both).sum(axis=1) / count
+    if len(buffers) == 2:
+        lse, delta = (plgpu.load(buffer, layout=tiles.BY_ROW) for buffer in buffers)
+        return lse, delta
+    both = plgpu.load(buffers[0], layout=tiles.LAYOUT)
+    is_lse = lax.rem(tiles.column_ids(ROWS, 2 * REPEATS), jnp.int32(2)) == 0
+    lse = jnp.where(is_lse, both, 0.0).sum(axis=1) / REPEATS  # exact: a power of two
+    delta = jnp.where(is_lse, 0.0, both).sum(axis=1) / REPEATS
     return lse, delta
 
 
@@ -46,7 +58,7 @@ def query_gradient(
     key: tuple[jax.Array, ...],
     value: jax.Array | None,
     doutput: jax.Array,
-    row_statistics: jax.Array,
+    row_statistics: tuple[jax.Array, ...],
     entries: jax.Array,
     counts: jax.Array,
     *,
@@ -57,7 +69,7 @@ def query_gradient(
     dtype = query[0].dtype
     arrays = key if value is None else (*key, value)
     value_index = 0 if value is None else len(key)
-    of_rows = (*query, doutput, row_statistics)
+    of_rows = (*query, doutput, *row_statistics)
 
     def body(  # type: ignore[no-untyped-def]
             row_refs, array_refs, entries_ref, counts_ref, gradient_refs,
@@ -71,20 +83,19 @@ def query_gradient(
         plgpu.barrier_wait(list_barrier)
         walk.start(num_steps)
         plgpu.barrier_wait(row_barrier)
-        *query_s, doutput_s, statistics_s = row_s
-        lse, delta = load_statistics(statistics_s)
+        query_s, doutput_s = row_s[: len(query)], row_s[len(query)]
+        lse, delta = load_statistics(row_s[len(query) + 1 :])
 
         def step(index, gradients, causal):  # type: ignore[no-untyped-def]
             buffers = walk.wait(index)
-            pairs = zip(query_s, buffers, strict=False)
-            products = tiles.matmul(*((q, tiles.transposed(k)) for q, k in pairs))
-            weights = jnp.exp2(walk.scores(index, products, -lse, causal))
-            dweights = tiles.matmul((doutput_s, tiles.transposed(buffers[value_index])))
-            dscores = (weights * (dweights - tiles.across(delta, KEYS))).astype(dtype)
-            gradients = tuple(
-                tiles.add_matmul(sums, dscores, k, interpret=problem.interpret)
-                for sums, k in zip(gradients, buffers, strict=False)
+            keys = [tiles.transposed(x) for x in buffers]
+            products, dweights = tiles.matmuls(
+                list(zip(query_s, keys, strict=False)), [(doutput_s, keys[value_index])]
             )
+            weights = jnp.exp2(walk.scores(index, products, -lse, causal))
+            dscores = (weights * (dweights - tiles.across(delta, KEYS))).astype(dtype)
+            factors = [[(dscores, k)] for k, _ in zip(buffers, query_s, strict=False)]
+            gradients = tiles.add_matmuls(gradients, *factors, interpret=problem.interpret)
             walk.refill(index, num_steps)
             return gradients
 
@@ -109,7 +120,10 @@ def query_gradient(
         num_threads=1,
         thread_name="warpgroup",
         scratch_types=(
-            tuple(tiles.tiled((ROWS, x.shape[-1]), x.dtype) for x in of_rows),
+            (
+                *(tiles.tiled((ROWS, x.shape[-1]), dtype) for x in (*query, doutput)),
+                *statistics_buffers((), row_statistics),
+            ),
             tuple(tiles.tiled((num_stages, KEYS, x.shape[-1]), dtype) for x in arrays),
             plgpu.SMEM((list_length,), jnp.int32),
             plgpu.Barrier(num_arrivals=forward.num_list_copies(list_length)),
@@ -129,7 +143,7 @@ def key_gradient_items(
     key: tuple[jax.Array, ...],
     value: jax.Array | None,
     doutput: jax.Array,
-    row_statistics: jax.Array,
+    row_statistics: tuple[jax.Array, ...],
     inverse: InverseLists,
     *,
     num_stages: int,
@@ -141,7 +155,7 @@ def key_gradient_items(
 
     Args:
       problem: The static part.
-      query: Parts [B, K, T * heads, w], w a multiple of 64.
+      query: Parts [B, K, T * heads, w].
       key: Parts [B, T, K, w].
       value: [B, T, K, h], or None: the first part of the key.
       doutput: [B, K, T * heads, h].
@@ -150,20 +164,31 @@ def key_gradient_items(
       num_stages: Steps whose rows are in shared memory at a time.
 
     Returns:
-      Float32 [items, w, block size] for each part and the value; undefined for an empty item.
+      Float32 [items, W, block size] for each part and the value, W the multiple of 64 from w on;
+      undefined beyond w and for an empty item.
     """
     num_items, num_heads = inverse.items.shape[0] // 4, query[0].shape[1]
     dtype, size = query[0].dtype, problem.block_size
     group_rows, num_groups = problem.rows_per_group, problem.groups_per_tile
     arrays = key if value is None else (*key, value)
     value_index = 0 if value is None else len(key)
-    of_rows = (*query, doutput, row_statistics)
+    of_rows = (*query, doutput, *row_statistics)
     # Groups of the block's own tokens come first in its list: only there causality matters.
     causal_steps = pl.cdiv(size // problem.queries_per_selection, num_groups)
+    # The tensor cores take features in 64s. A narrower part lies in a buffer of that width, whose
+    # other columns are never written and only reach sums that are dropped; for a column slice to be
+    # contiguous, its rows are copied by 8.
+    wide = [pl.cdiv(x.shape[-1], tiles.ROWS) * tiles.ROWS for x in (*query, doutput)]
+    is_narrow = [x.shape[-1] % tiles.ROWS > 0 for x in of_rows[: len(wide)]] + [False] * len(
+        row_statistics
+    )
+    wide_arrays = wide[: len(arrays)]
+    copies = sum(group_rows // 8 if narrow else 1 for narrow in is_narrow)
 
     def body(  # type: ignore[no-untyped-def]
             row_refs, array_refs, groups_ref, items_ref, gradient_refs,
-            row_s, array_s, weights_s, dscores_s, array_barrier, barriers):  # fmt: skip
+            row_s, array_s, weights_s, dscores_s, narrow_dscores_s,
+            array_barrier, barriers):  # fmt: skip
         item = lax.axis_index("item")
         row_head, block, start, length = (items_ref[item * 4 + i] for i in range(4))
         batch = lax.div(row_head, jnp.int32(num_heads))
@@ -174,19 +199,16 @@ def key_gradient_items(
             stage = lax.rem(step, jnp.int32(num_stages))
             for i in range(num_groups):
                 group = groups_ref[start + step * num_groups + i]
-                source, target = (pl.ds(x * group_rows, group_rows) for x in (group, i))
-                for ref, buffer in zip(row_refs, row_s, strict=True):
-                    plgpu.copy_gmem_to_smem(
-                        ref.at[batch, head, source], buffer.at[stage, target], barriers.at[stage]
-                    )
-
-        def add_product(sums, rows, factor_s):  # type: ignore[no-untyped-def]
-            return tiles.add_matmul(
-                sums,
-                tiles.transposed(rows),
-                tiles.transposed(factor_s),
-                interpret=problem.interpret,
-            )
+                for ref, buffer, narrow in zip(row_refs, row_s, is_narrow, strict=True):
+                    size_of_copy = 8 if narrow else group_rows
+                    for row in range(0, group_rows, size_of_copy):
+                        source = pl.ds(group * group_rows + row, size_of_copy)
+                        target = buffer.at[stage, pl.ds(i * group_rows + row, size_of_copy)]
+                        if narrow:
+                            target = target.at[:, pl.ds(0, ref.shape[-1])]
+                        plgpu.copy_gmem_to_smem(
+                            ref.at[batch, head, source], target, barriers.at[stage]
+                        )
 
         row = tiles.row_ids()
         place = lax.div(row, jnp.int32(group_rows))  # of a row's group among those of the step
@@ -196,11 +218,15 @@ def key_gradient_items(
         def step(index, gradients, causal):  # type: ignore[no-untyped-def]
             stage = lax.rem(index, jnp.int32(num_stages))
             plgpu.barrier_wait(barriers.at[stage])
-            *query_w, doutput_w, statistics_w = (buffer.at[stage] for buffer in row_s)
-            lse, delta = load_statistics(statistics_w)
+            row_w = [buffer.at[stage] for buffer in row_s]
+            query_w, doutput_w = row_w[: len(query)], row_w[len(query)]
+            lse, delta = load_statistics(row_w[len(query) + 1 :])
             in_list = place < length - index * num_groups
-            pairs = zip(query_w, array_s, strict=False)
-            products = tiles.matmul(*((q, tiles.transposed(k)) for q, k in pairs))
+            keys = [tiles.transposed(x) for x in array_s]
+            narrowed = [q.at[:, pl.ds(0, x.shape[-1])] for q, x in zip(query_w, query, strict=True)]
+            products, dweights = tiles.matmuls(
+                list(zip(narrowed, keys, strict=False)), [(doutput_w, keys[value_index])]
+            )
             bias = jnp.where(in_list, -lse, -jnp.inf)
             scores = products * problem.scale2 + tiles.across(bias, size)
             if causal:
@@ -211,18 +237,24 @@ def key_gradient_items(
                     last = jnp.where(place == i, first + token, last)
                 scores = jnp.where(column <= tiles.across(last, size), scores, -jnp.inf)
             weights = jnp.exp2(scores)
-            dweights = tiles.matmul((doutput_w, tiles.transposed(array_s[value_index])))
             dscores = weights * (dweights - tiles.across(delta, size)) * problem.scale
             tiles.transposed(weights_s)[...] = weights.astype(dtype)
-            tiles.transposed(dscores_s)[...] = dscores.astype(dtype)
+            for buffer in (dscores_s, *narrow_dscores_s):
+                tiles.transposed(buffer)[...] = dscores.astype(dtype)
             plgpu.commit_smem()
-            sums = list(gradients)
-            for i, rows in enumerate(query_w):
-                sums[i] = add_product(sums[i], rows, dscores_s)
-            sums[value_index] = add_product(sums[value_index], doutput_w, weights_s)
+            factors = [
+                [(tiles.transposed(q), tiles.transposed((dscores_s, *narrow_dscores_s)[narrow]))]
+                for q, narrow in zip(query_w, is_narrow, strict=False)
+            ]
+            factors += [[]] * (len(array_s) - len(factors))
+            factors[value_index] = [
+                *factors[value_index],
+                (tiles.transposed(doutput_w), tiles.transposed(weights_s)),
+            ]
+            gradients = tiles.add_matmuls(gradients, *factors, interpret=problem.interpret)
             ahead = index + num_stages
             pl.when(ahead < num_steps)(lambda: fetch(ahead))
-            return tuple(sums)
+            return gradients
 
         @pl.when(num_steps > 0)
         def _() -> None:
@@ -234,7 +266,7 @@ def key_gradient_items(
             plgpu.barrier_wait(array_barrier)
             is_own = groups_ref[start] * problem.queries_per_selection < (block + 1) * size
             num_causal = jnp.where(is_own, jnp.minimum(num_steps, causal_steps), 0)
-            sums = tuple(tiles.zeros((x.shape[-1], size)) for x in arrays)
+            sums = tuple(tiles.zeros((width, size)) for width in wide_arrays)
             sums = lax.fori_loop(0, num_causal, functools.partial(step, causal=True), sums)
             sums = lax.fori_loop(num_causal, num_steps, functools.partial(step, causal=False), sums)
             for gradient, ref in zip(sums, gradient_refs, strict=True):
@@ -246,19 +278,30 @@ def key_gradient_items(
     return plgpu.kernel(
         body_of_flat,
         out_type=tuple(
-            jax.ShapeDtypeStruct((num_items, x.shape[-1], size), jnp.float32) for x in arrays
+            jax.ShapeDtypeStruct((num_items, width, size), jnp.float32) for width in wide_arrays
         ),
         grid=(num_items,),
         grid_names=("item",),
         num_threads=1,
         thread_name="warpgroup",
         scratch_types=(
-            tuple(tiles.tiled((num_stages, ROWS, x.shape[-1]), x.dtype) for x in of_rows),
+            (
+                *(
+                    tiles.tiled((num_stages, ROWS, width), dtype, like_width=x.shape[-1])
+                    for width, x in zip(wide, of_rows, strict=False)
+                ),
+                *statistics_buffers((num_stages,), row_statistics),
+            ),
             tuple(tiles.tiled((size, x.shape[-1]), dtype) for x in arrays),
             tiles.tiled((size, ROWS), dtype),
             tiles.tiled((size, ROWS), dtype),
+            tuple(
+                tiles.tiled((size, ROWS), dtype, like_width=x.shape[-1])
+                for x, narrow in zip(query, is_narrow, strict=False)
+                if narrow
+            ),
             plgpu.Barrier(num_arrivals=len(arrays)),
-            plgpu.Barrier(num_barriers=num_stages, num_arrivals=len(of_rows) * num_groups),
+            plgpu.Barrier(num_barriers=num_stages, num_arrivals=copies * num_groups),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=problem.interpret,
