@@ -20,8 +20,9 @@ from pallas_kernels.mosaic.flash_forward import flash_forward
 from pallas_kernels.mosaic.key_range import Documents, KeyRange
 
 PADDING = 128  # tokens and keys come in multiples of it
-MIN_PROGRAMS = 512  # of the gradient of keys; about four for each multiprocessor
-MAX_TOKEN_PARTS = 8
+# Programs of the gradient of keys that are enough: heads are cut until there are about four for
+# each multiprocessor; tokens, where every program fetches its keys for less work, for two.
+PROGRAMS_BY_HEADS, PROGRAMS_BY_TOKENS, MAX_TOKEN_PARTS = 512, 256, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,20 +129,21 @@ def _backward(
 ) -> tuple[jax.Array | None, ...]:
     query, key, value, documents, output, lse = residuals
     doutput, dlse = cotangents
-    delta = (doutput.astype(jnp.float32) * output).sum(-1) - dlse
-    delta = jnp.where(lse < jnp.inf, settings.scale * delta.transpose(0, 2, 1), 0)
-    arrays = (query, key, value, doutput, lse, delta, documents)
+    dlse = dlse.transpose(0, 2, 1)
     shared_settings = {
         "key_range": settings.key_range,
         "scale": settings.scale,
         "warpgroups": settings.warpgroups,
         "interpret": settings.interpret,
     }
-    dquery = flash_dq(*arrays, **shared_settings)
+    dquery, delta = flash_dq(
+        query, key, value, output, doutput, lse, dlse, documents, **shared_settings
+    )
     head_parts, token_parts = _parts(query, key, settings)
     dkey, dvalue = flash_dkv(
-        *arrays, head_parts=head_parts, token_parts=token_parts, **shared_settings
-    )
+        query, key, value, doutput, lse, delta, documents,
+        head_parts=head_parts, token_parts=token_parts, **shared_settings,
+    )  # fmt: skip
     return dquery, dkey, dvalue, None
 
 
@@ -151,9 +153,8 @@ def _parts(query: jax.Array, key: jax.Array, settings: Settings) -> tuple[int, i
     group = query.shape[2] // num_kv_heads
     programs = batch * num_kv_heads * num_keys // (settings.warpgroups * tiles.ROWS)
     divisors = (part for part in range(1, group + 1) if group % part == 0)
-    head_parts = next((p for p in divisors if p * programs >= MIN_PROGRAMS), group)
-    token_parts = min(max(1, MIN_PROGRAMS // (programs * head_parts)), MAX_TOKEN_PARTS)
-    return head_parts, token_parts
+    head_parts = next((p for p in divisors if p * programs >= PROGRAMS_BY_HEADS), group)
+    return head_parts, min(max(1, PROGRAMS_BY_TOKENS // (programs * head_parts)), MAX_TOKEN_PARTS)
 
 
 _attend.defvjp(_forward, _backward)

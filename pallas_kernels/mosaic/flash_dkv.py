@@ -18,11 +18,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import key_walk, tiles
+from pallas_kernels.mosaic import key_walk, overlap, tiles
 from pallas_kernels.mosaic.key_range import Documents, KeyRange
-from pallas_kernels.mosaic.key_walk import SLOTS
 
 KEYS = tiles.ROWS  # of a warpgroup
+SLOTS = 3  # of the ring of tiles of tokens, which are held for two steps
+OVERLAP_DIMS = (
+    192  # most numbers of a key in the sums that leave registers for two tiles beside them
+)
 BY_COLUMN = tiles.LAYOUT.reduce(0)  # of a vector with one number a column of a tile
 
 
@@ -55,7 +58,7 @@ def flash_dkv(
       value: [B, S, K, h], or None: the first h numbers of each key.
       doutput: [B, T, N, h] cotangent of the output.
       lse: [B, N, T] base-2 log-sum-exp of `flash_forward`.
-      delta: [B, N, T] float32, scale * (do . o - dlse).
+      delta: [B, N, T] scale * delta of `flash_dq`.
       documents: Bounds of packed documents, None = one document a row.
       key_range: The keys that a token sees.
       scale: Factor of the scores.
@@ -152,9 +155,9 @@ def flash_dkv(
                     seen &= _down(start_w) <= first_token
                 return jnp.where(seen, scores, -jnp.inf)
 
-            def step(i, sums, masked, base):
-                slot = lax.rem(base + i, jnp.int32(SLOTS))
-                q_w, do_w = q_s.at[slot], do_s.at[slot]
+            def scores_of(i, number, masked):
+                """Returns the factors of scores and of dscores, and what makes weights of one."""
+                slot = lax.rem(number, jnp.int32(SLOTS))
 
                 def weigh(scores):
                     scores = scores * exponent - _down(lse_s.at[slot])
@@ -162,30 +165,83 @@ def flash_dkv(
                         scores = mask(i, scores, start_s.at[slot] if packed else None)
                     return jnp.exp2(scores)
 
+                def differentiate(weights, dweights):
+                    return weights * (dweights * scale - _down(delta_s.at[slot]))
+
                 plgpu.barrier_wait(token_bar.at[slot])
-                weights, dweights = key_walk.weights_and_gradient(k_w, q_w, v_w, do_w, weigh)
-                dscores = weights * (dweights * scale - _down(delta_s.at[slot]))
-                weights, dscores = weights.astype(dtype), dscores.astype(dtype)
-                dvalue, *rest = sums
-                dvalue = tiles.add_matmul(dvalue, weights, do_w, interpret=interpret)
-                if shared:
-                    q_v = q_w.at[:, pl.ds(0, value_dim)]
-                    dvalue = tiles.add_matmul(dvalue, dscores, q_v, interpret=interpret)
-                    q_w = q_w.at[:, pl.ds(value_dim, rest_dim)]
+                factors = [(k_w, q_s.at[slot]), (v_w, do_s.at[slot])]
+                return [(x, tiles.transposed(y)) for x, y in factors], weigh, differentiate
+
+            def sums_of_tile(number, weights, dscores):
+                """Returns the number of the sum and the factors of every product of a tile."""
+                slot = lax.rem(number, jnp.int32(SLOTS))
+                q_w, do_w = q_s.at[slot], do_s.at[slot]
+                if not shared:
+                    return [(0, weights, do_w), (1, dscores, q_w)]
+                products = [(0, weights, do_w), (0, dscores, q_w.at[:, pl.ds(0, value_dim)])]
                 if rest_dim:
-                    rest = [tiles.add_matmul(rest[0], dscores, q_w, interpret=interpret)]
-                plgpu.barrier_arrive(free_bar.at[slot])
-                return dvalue, *rest
+                    products.append((1, dscores, q_w.at[:, pl.ds(value_dim, rest_dim)]))
+                return products
 
-            def walk_head(head, sums):
-                def step_of_head(i, sums, masked):
-                    return step(i, sums, masked, head * steps - begin)
+            def release(number):
+                plgpu.barrier_arrive(free_bar.at[lax.rem(number, jnp.int32(SLOTS))])
 
-                return key_walk.walk((begin, full_begin, full_end, end), step_of_head, sums)
+            def step(i, carry, masked, base):
+                sums, weights, dscores = carry
+                number = base + i
+                sums, weights, dscores = overlap.scores_during_sums(
+                    scores_of(i, number, masked),
+                    sums,
+                    sums_of_tile(number - 1, weights, dscores),
+                    interpret,
+                )
+                release(number - 1)
+                return sums, weights.astype(dtype), dscores.astype(dtype)
+
+            def step_alone(i, sums, masked, base):
+                _, weights, dscores = overlap.scores_during_sums(
+                    scores_of(i, base + i, masked), (), [], interpret
+                )
+                products = sums_of_tile(base + i, weights.astype(dtype), dscores.astype(dtype))
+                sums = overlap.add_matmuls(sums, products, interpret)
+                release(base + i)
+                return sums
+
+            def walk_heads(step, carry, num_done):
+                def walk_head(head, carry):
+                    start = jnp.where(head == 0, begin + num_done, begin)
+                    bounds = (
+                        start,
+                        jnp.maximum(full_begin, start),
+                        jnp.maximum(full_end, start),
+                        end,
+                    )
+
+                    def step_of_head(i, carry, masked):
+                        return step(i, carry, masked, head * steps - begin)
+
+                    return key_walk.walk(bounds, step_of_head, carry)
+
+                return lax.fori_loop(0, part_heads, walk_head, carry)
+
+            def walk_overlapped():
+                _, weights, dscores = overlap.scores_during_sums(
+                    scores_of(begin, 0, True), (), [], interpret
+                )
+                carry = zeros, weights.astype(dtype), dscores.astype(dtype)
+                sums, weights, dscores = walk_heads(step, carry, 1)
+                number = part_heads * steps - 1
+                products = sums_of_tile(number, weights, dscores)
+                sums = overlap.add_matmuls(sums, products, interpret)
+                release(number)
+                return sums
 
             dims = (value_dim, rest_dim) if rest_dim else (value_dim,)
-            sums = tuple(tiles.zeros((KEYS, dim)) for dim in dims)
-            dvalue, *rest = lax.fori_loop(0, part_heads, walk_head, sums)
+            zeros = tuple(tiles.zeros((KEYS, dim)) for dim in dims)
+            if sum(dims) <= OVERLAP_DIMS:
+                dvalue, *rest = lax.cond(steps > 0, walk_overlapped, lambda: zeros)
+            else:
+                dvalue, *rest = walk_heads(step_alone, zeros, 0)
             if whole:
                 v_w[...] = dvalue.astype(dtype)
                 if rest_dim:

@@ -14,9 +14,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import key_walk, tiles
+from pallas_kernels.mosaic import key_walk, overlap, tiles
 from pallas_kernels.mosaic.key_range import Documents, KeyRange
-from pallas_kernels.mosaic.key_walk import SLOTS, KeyWalk
+from pallas_kernels.mosaic.key_walk import SLOTS, KeyWalk, Ring
 
 WIDTH = 64  # keys of a tile: what registers hold of two score tiles beside dq
 
@@ -25,25 +25,27 @@ def flash_dq(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array | None,
+    output: jax.Array,
     doutput: jax.Array,
     lse: jax.Array,
-    delta: jax.Array,
+    dlse: jax.Array,
     documents: Documents | None,
     *,
     key_range: KeyRange,
     scale: float,
     warpgroups: int = 2,
     interpret: Any = None,
-) -> jax.Array:
-    """Returns the gradient of query.
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradient of query, and scale * delta for that of keys and values.
 
     Args:
       query: [B, T, N, H], T a multiple of 64 * warpgroups.
       key: [B, S, K, H], S a multiple of 128.
       value: [B, S, K, h], or None: the first h numbers of each key.
-      doutput: [B, T, N, h] cotangent of the output.
+      output: [B, T, N, h] of `flash_forward`.
+      doutput: [B, T, N, h] cotangent of it.
       lse: [B, N, T] base-2 log-sum-exp of `flash_forward`.
-      delta: [B, N, T] float32, scale * (do . o - dlse).
+      dlse: [B, N, T] float32, cotangent of the natural log-sum-exp.
       documents: Bounds of packed documents, None = one document a row.
       key_range: The keys that a token sees.
       scale: Factor of the scores.
@@ -51,41 +53,44 @@ def flash_dq(
       interpret: Parameters of interpret mode, for tests.
 
     Returns:
-      [B, T, N, H] in query's dtype.
+      [B, T, N, H] in query's dtype; [B, N, T] in float32.
     """
     batch, length, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1:3]
-    value_dim = doutput.shape[-1]
+    value_dim = output.shape[-1]
     num_tiles = length // (warpgroups * tiles.ROWS)
     dtype, exponent = query.dtype, scale * tiles.LOG2E
     shared, packed = value is None, documents is not None
 
     def body(
-        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, documents, dq_ref, *,
-        q_s, do_s, k_s, v_s, lse_s, delta_s, start_s, token_bar, key_bar, free_bar,
+        q_ref, k_ref, v_ref, o_ref, do_ref, lse_ref, dlse_ref, documents, dq_ref, delta_ref, *,
+        q_s, o_s, do_s, k_s, v_s, lse_s, dlse_s, start_s, token_bar, k_full, k_free, v_full, v_free,
     ):  # fmt: skip
         batch_id, head = lax.axis_index("batch"), lax.axis_index("head")
         tile = num_tiles - 1 - lax.axis_index("tile")  # those with most keys start first
         warpgroup = lax.axis_index("warpgroup")
         keys = KeyWalk(key_range, documents, num_keys, WIDTH, warpgroups, batch_id, tile)
+        key_ring = Ring(k_ref, k_s, k_full, k_free)
+        value_ring = key_ring if shared else Ring(v_ref, v_s, v_full, v_free)
 
         @pl.when(warpgroup == warpgroups)
         def _fetch():
             plgpu.set_max_registers(key_walk.FETCH_REGISTERS, action="decrease")
             kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
-            copies = [(k_ref, k_s)] if shared else [(k_ref, k_s), (v_ref, v_s)]
-            keys.fetch(copies, kv_head, key_bar, free_bar)
+            keys.fetch([key_ring] if shared else [key_ring, value_ring], kv_head)
 
         @pl.when(warpgroup < warpgroups)
         def _compute():
             plgpu.set_max_registers(key_walk.COMPUTE_REGISTERS, action="increase")
-            q_w, do_w, lse_w, delta_w = (x.at[warpgroup] for x in (q_s, do_s, lse_s, delta_s))
+            q_w, o_w, do_w = (x.at[warpgroup] for x in (q_s, o_s, do_s))
+            lse_w, dlse_w = lse_s.at[warpgroup], dlse_s.at[warpgroup]
             rows = pl.ds(keys.first_token(warpgroup), tiles.ROWS)
             copies = [
                 (q_ref.at[batch_id, rows, head], q_w),
+                (o_ref.at[batch_id, rows, head], o_w),
                 (do_ref.at[batch_id, rows, head], do_w),
                 (lse_ref.at[batch_id, head, rows], lse_w),
-                (delta_ref.at[batch_id, head, rows], delta_w),
+                (dlse_ref.at[batch_id, head, rows], dlse_w),
             ]
             if packed:
                 copies.append((documents.start.at[batch_id, rows], start_s.at[warpgroup]))
@@ -94,47 +99,64 @@ def flash_dq(
             plgpu.barrier_wait(token_bar.at[warpgroup])
             mask = keys.mask(warpgroup, start_s.at[warpgroup] if packed else None)
             lse = plgpu.load(lse_w, layout=tiles.BY_ROW)
-            delta = plgpu.load(delta_w, layout=tiles.BY_ROW)
+            delta = (o_w[...].astype(jnp.float32) * do_w[...].astype(jnp.float32)).sum(axis=1)
+            delta = scale * (delta - plgpu.load(dlse_w, layout=tiles.BY_ROW))
+            delta = jnp.where(lse < jnp.inf, delta, 0.0)
 
             def step(i, dquery, masked):
-                slot = lax.rem(i - bounds[0], jnp.int32(SLOTS))
-                k_w = k_s.at[slot]
-                v_w = k_w.at[:, pl.ds(0, value_dim)] if shared else v_s.at[slot]
+                number = i - bounds[0]
+                k_w = key_ring.wait(number)
+                v_w = k_w.at[:, pl.ds(0, value_dim)] if shared else value_ring.wait(number)
 
                 def weigh(scores):
                     scores = scores * exponent - tiles.across(lse, WIDTH)
                     return jnp.exp2(mask(i, scores) if masked else scores)
 
-                plgpu.barrier_wait(key_bar.at[slot])
-                weights, dweights = key_walk.weights_and_gradient(q_w, k_w, do_w, v_w, weigh)
-                dscores = weights * (dweights * scale - tiles.across(delta, WIDTH))
+                def differentiate(weights, dweights):
+                    return weights * (dweights * scale - tiles.across(delta, WIDTH))
+
+                factors = [(q_w, tiles.transposed(k_w)), (do_w, tiles.transposed(v_w))]
+                _, _, dscores = overlap.scores_during_sums(
+                    (factors, weigh, differentiate), (), [], interpret
+                )
                 dquery = tiles.add_matmul(dquery, dscores.astype(dtype), k_w, interpret=interpret)
-                plgpu.barrier_arrive(free_bar.at[slot])
+                key_ring.release(number)
+                if not shared:
+                    value_ring.release(number)
                 return dquery
 
             dquery = key_walk.walk(bounds, step, tiles.zeros((tiles.ROWS, head_dim)))
             q_w[...] = dquery.astype(dtype)
+            dlse_w[...] = delta
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_w, dq_ref.at[batch_id, rows, head])
+            plgpu.copy_smem_to_gmem(dlse_w, delta_ref.at[batch_id, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
     tokens = (warpgroups, tiles.ROWS)
     like_value = tiles.transforms(head_dim if shared else value_dim, dtype)  # they are multiplied
+    full, free = (plgpu.Barrier(num_barriers=SLOTS, num_arrivals=n) for n in (1, warpgroups))
     scratch: dict[str, Any] = {
         "q_s": tiles.tiled((*tokens, head_dim), dtype),
+        "o_s": tiles.tiled((*tokens, value_dim), dtype),
         "do_s": plgpu.SMEM((*tokens, value_dim), dtype, transforms=like_value),
         "k_s": tiles.tiled((SLOTS, WIDTH, head_dim), dtype),
         "v_s": None if shared else tiles.tiled((SLOTS, WIDTH, value_dim), dtype),
         "lse_s": plgpu.SMEM(tokens, jnp.float32),
-        "delta_s": plgpu.SMEM(tokens, jnp.float32),
+        "dlse_s": plgpu.SMEM(tokens, jnp.float32),
         "start_s": plgpu.SMEM(tokens, jnp.int32) if packed else None,
-        "token_bar": plgpu.Barrier(num_barriers=warpgroups, num_arrivals=4 + packed),
-        "key_bar": plgpu.Barrier(num_barriers=SLOTS, num_arrivals=2 - shared),
-        "free_bar": plgpu.Barrier(num_barriers=SLOTS, num_arrivals=warpgroups),
+        "token_bar": plgpu.Barrier(num_barriers=warpgroups, num_arrivals=5 + packed),
+        "k_full": full,
+        "k_free": free,
+        "v_full": None if shared else full,
+        "v_free": None if shared else free,
     }
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(query.shape, dtype),
+        out_type=(
+            jax.ShapeDtypeStruct(query.shape, dtype),
+            jax.ShapeDtypeStruct(lse.shape, jnp.float32),
+        ),
         grid=(batch, num_tiles, num_heads),
         grid_names=("batch", "tile", "head"),
         num_threads=warpgroups + 1,
@@ -142,4 +164,4 @@ def flash_dq(
         scratch_types=scratch,
         compiler_params=key_walk.PARAMETERS,
         interpret=interpret,
-    )(query, key, value, doutput, lse, delta, documents)
+    )(query, key, value, output, doutput, lse, dlse, documents)

@@ -2,7 +2,9 @@
 
 A program owns 128 consecutive tokens of one query head, 64 a warpgroup, so that every array keeps
 the layout of the API and a tile of a head is one strided copy. The warpgroups take the running
-softmax over the tiles of keys, o = sum p v / sum p with p = exp2(c s - m).
+softmax over the tiles of keys, o = sum p v / sum p with p = exp2(c s - m); the p v of a tile is
+summed during the softmax of the next one. A program stays on its multiprocessor and takes one such
+item after another, the first copies of which run at the end of the item before.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,13 +17,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import key_walk, tiles
+from pallas_kernels.mosaic import key_walk, overlap, tiles
 from pallas_kernels.mosaic.key_range import Documents, KeyRange
-from pallas_kernels.mosaic.key_walk import SLOTS, KeyWalk
+from pallas_kernels.mosaic.key_walk import KeyWalk, Ring
+
+MULTIPROCESSORS = 132  # of an H100 or H200; where there are fewer, some programs start late
 
 
 def key_tile(head_dim: int, value_dim: int) -> int:
-    """Returns how many keys make a tile: 128, or 64 where two tiles would not fit in memory."""
+    """Returns how many keys make a tile: 128, or 64 where the ring would not fit in memory."""
     return 128 if head_dim + value_dim <= 288 else 64
 
 
@@ -58,79 +62,129 @@ def flash_forward(
     num_keys, num_kv_heads = key.shape[1:3]
     width = key_tile(head_dim, value_dim)
     num_tiles = length // (warpgroups * tiles.ROWS)
+    num_items = num_tiles * batch * num_heads
+    num_programs = min(num_items, MULTIPROCESSORS)
     dtype, exponent = query.dtype, scale * tiles.LOG2E
     shared, packed = value is None, documents is not None
+    slots = 3 if shared else 2  # a tile that is key and value is held for two steps
 
     def body(
         q_ref, k_ref, v_ref, documents, o_ref, lse_ref, *,
-        q_s, k_s, v_s, o_s, lse_s, start_s, token_bar, key_bar, free_bar,
+        q_s, k_s, v_s, o_s, lse_s, start_s, token_bar, read_bar, k_full, k_free, v_full, v_free,
     ):  # fmt: skip
-        batch_id, head = lax.axis_index("batch"), lax.axis_index("head")
-        tile = num_tiles - 1 - lax.axis_index("tile")  # those with most keys start first
-        warpgroup = lax.axis_index("warpgroup")
-        keys = KeyWalk(key_range, documents, num_keys, width, warpgroups, batch_id, tile)
+        program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+        num_own = lax.div(num_items - 1 - program, jnp.int32(num_programs)) + 1
+        key_ring = Ring(k_ref, k_s, k_full, k_free)
+        value_ring = key_ring if shared else Ring(v_ref, v_s, v_full, v_free)
+
+        def item(n):
+            """Returns the program's item n: head and walk, those with most keys first."""
+            index = program + n * num_programs
+            tile = num_tiles - 1 - lax.div(index, jnp.int32(batch * num_heads))
+            batch_id = lax.rem(lax.div(index, jnp.int32(num_heads)), jnp.int32(batch))
+            keys = KeyWalk(key_range, documents, num_keys, width, warpgroups, batch_id, tile)
+            return lax.rem(index, jnp.int32(num_heads)), keys
 
         @pl.when(warpgroup == warpgroups)
         def _fetch():
             plgpu.set_max_registers(key_walk.FETCH_REGISTERS, action="decrease")
-            kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
-            copies = [(k_ref, k_s)] if shared else [(k_ref, k_s), (v_ref, v_s)]
-            keys.fetch(copies, kv_head, key_bar, free_bar)
+
+            def fetch_item(n, count):
+                head, keys = item(n)
+                for w in range(warpgroups):
+                    pl.when(n > 0)(lambda w=w: plgpu.barrier_wait(read_bar.at[w]))
+                    rows = pl.ds(keys.first_token(w), tiles.ROWS)
+                    copies = [(q_ref.at[keys.batch_id, rows, head], q_s.at[w])]
+                    if packed:
+                        copies.append((documents.start.at[keys.batch_id, rows], start_s.at[w]))
+                    key_walk.copy_all(copies, token_bar.at[w])
+                rings = [key_ring] if shared else [key_ring, value_ring]
+                kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
+                return keys.fetch(rings, kv_head, count)
+
+            lax.fori_loop(0, num_own, fetch_item, jnp.int32(0))
 
         @pl.when(warpgroup < warpgroups)
         def _compute():
             plgpu.set_max_registers(key_walk.COMPUTE_REGISTERS, action="increase")
-            q_w = q_s.at[warpgroup]
-            rows = pl.ds(keys.first_token(warpgroup), tiles.ROWS)
-            copies = [(q_ref.at[batch_id, rows, head], q_w)]
-            if packed:
-                copies.append((documents.start.at[batch_id, rows], start_s.at[warpgroup]))
-            key_walk.copy_all(copies, token_bar.at[warpgroup])
-            bounds = keys.bounds(warpgroup)
-            plgpu.barrier_wait(token_bar.at[warpgroup])
-            mask = keys.mask(warpgroup, start_s.at[warpgroup] if packed else None)
+            q_w, o_w, lse_w = q_s.at[warpgroup], o_s.at[warpgroup], lse_s.at[warpgroup]
 
-            def step(i, carry, masked):
-                output, maximum, total = carry
-                slot = lax.rem(i - bounds[0], jnp.int32(SLOTS))
-                k_w = k_s.at[slot]
-                v_w = k_w.at[:, pl.ds(0, value_dim)] if shared else v_s.at[slot]
-                plgpu.barrier_wait(key_bar.at[slot])
-                scores = tiles.matmul((q_w, tiles.transposed(k_w)))
-                scores = mask(i, scores) if masked else scores
-                new_maximum = jnp.maximum(maximum, scores.max(axis=1) * exponent)
-                weights = jnp.exp2(scores * exponent - tiles.across(new_maximum, width))
-                shrink = jnp.exp2(maximum - new_maximum)
-                total = total * shrink + weights.sum(axis=1)
-                output = output * tiles.across(shrink, value_dim)
-                output = tiles.add_matmul(output, weights.astype(dtype), v_w, interpret=interpret)
-                plgpu.barrier_arrive(free_bar.at[slot])
-                return output, new_maximum, total
+            def attend(n, count):
+                head, keys = item(n)
+                begin, full_begin, full_end, end = keys.bounds(warpgroup)
+                number = count - begin  # of a tile in the ring, less that in the row
+                plgpu.barrier_wait(token_bar.at[warpgroup])
+                mask = keys.mask(warpgroup, start_s.at[warpgroup] if packed else None)
 
-            empty = tiles.zeros((tiles.ROWS,))
-            carry = tiles.zeros((tiles.ROWS, value_dim)), empty + tiles.NO_MAXIMUM, empty
-            output, maximum, total = key_walk.walk(bounds, step, carry)
-            o_w = q_w if o_s is None else o_s.at[warpgroup]
-            share = tiles.across(1 / jnp.maximum(total, 1e-30), value_dim)
-            o_w[...] = (output * share).astype(dtype)
-            lse_s.at[warpgroup][...] = jnp.where(total > 0, maximum + jnp.log2(total), jnp.inf)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_w, o_ref.at[batch_id, rows, head])
-            plgpu.copy_smem_to_gmem(lse_s.at[warpgroup], lse_ref.at[batch_id, head, rows])
+                def wait_value(i):
+                    if shared:
+                        return value_ring.tile(number + i).at[:, pl.ds(0, value_dim)]
+                    return value_ring.wait(number + i)
+
+                def weigh(i, scores, maximum, total, masked):
+                    if not shared:
+                        key_ring.release(number + i)
+                    scores = mask(i, scores) if masked else scores
+                    new_maximum = jnp.maximum(maximum, scores.max(axis=1) * exponent)
+                    weights = jnp.exp2(scores * exponent - tiles.across(new_maximum, width))
+                    shrink = jnp.exp2(maximum - new_maximum)
+                    total = total * shrink + weights.sum(axis=1)
+                    return weights, shrink, new_maximum, total
+
+                def step(i, carry, masked):
+                    output, weights, maximum, total = carry
+                    k_w, v_w = key_ring.wait(number + i), wait_value(i - 1)
+                    output, (weights, shrink, maximum, total) = overlap.matmul_during(
+                        lambda scores: weigh(i, scores, maximum, total, masked),
+                        (q_w, tiles.transposed(k_w)), output, (weights, v_w), interpret,
+                    )  # fmt: skip
+                    value_ring.release(number + i - 1)
+                    output = output * tiles.across(shrink, value_dim)
+                    # Not before: a product in flight would have to wait for its next operand.
+                    return output, weights.astype(dtype), maximum, total
+
+                empty = tiles.zeros((tiles.ROWS,))
+                scores = tiles.matmul((q_w, tiles.transposed(key_ring.wait(number + begin))))
+                weights, _, maximum, total = weigh(
+                    begin, scores, empty + tiles.NO_MAXIMUM, empty, masked=True
+                )
+                output = tiles.zeros((tiles.ROWS, value_dim))
+                carry = output, weights.astype(dtype), maximum, total
+                full_begin, full_end = (jnp.maximum(x, begin + 1) for x in (full_begin, full_end))
+                bounds = begin + 1, full_begin, full_end, end
+                output, weights, maximum, total = key_walk.walk(bounds, step, carry)
+                plgpu.barrier_arrive(read_bar.at[warpgroup])
+                v_w = wait_value(end - 1)
+                output = tiles.add_matmul(output, weights, v_w, interpret=interpret)
+                value_ring.release(number + end - 1)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                share = tiles.across(1 / jnp.maximum(total, 1e-30), value_dim)
+                o_w[...] = (output * share).astype(dtype)
+                lse_w[...] = jnp.where(total > 0, maximum + jnp.log2(total), jnp.inf)
+                plgpu.commit_smem()
+                rows = pl.ds(keys.first_token(warpgroup), tiles.ROWS)
+                plgpu.copy_smem_to_gmem(o_w, o_ref.at[keys.batch_id, rows, head])
+                plgpu.copy_smem_to_gmem(lse_w, lse_ref.at[keys.batch_id, head, rows])
+                return count + end - begin
+
+            lax.fori_loop(0, num_own, attend, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    own_output = head_dim != value_dim  # else it takes the place of the query
     tokens = (warpgroups, tiles.ROWS)
+    full, free = (plgpu.Barrier(num_barriers=slots, num_arrivals=n) for n in (1, warpgroups))
     scratch: dict[str, Any] = {
         "q_s": tiles.tiled((*tokens, head_dim), dtype),
-        "k_s": tiles.tiled((SLOTS, width, head_dim), dtype),
-        "v_s": None if shared else tiles.tiled((SLOTS, width, value_dim), dtype),
-        "o_s": tiles.tiled((*tokens, value_dim), dtype) if own_output else None,
+        "k_s": tiles.tiled((slots, width, head_dim), dtype),
+        "v_s": None if shared else tiles.tiled((slots, width, value_dim), dtype),
+        "o_s": tiles.tiled((*tokens, value_dim), dtype),
         "lse_s": plgpu.SMEM(tokens, jnp.float32),
         "start_s": plgpu.SMEM(tokens, jnp.int32) if packed else None,
         "token_bar": plgpu.Barrier(num_barriers=warpgroups, num_arrivals=1 + packed),
-        "key_bar": plgpu.Barrier(num_barriers=SLOTS, num_arrivals=2 - shared),
-        "free_bar": plgpu.Barrier(num_barriers=SLOTS, num_arrivals=warpgroups),
+        "read_bar": plgpu.Barrier(num_barriers=warpgroups),
+        "k_full": full,
+        "k_free": free,
+        "v_full": None if shared else full,
+        "v_free": None if shared else free,
     }
     return plgpu.kernel(
         body,
@@ -138,8 +192,8 @@ def flash_forward(
             jax.ShapeDtypeStruct((batch, length, num_heads, value_dim), dtype),
             jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32),
         ),
-        grid=(batch, num_tiles, num_heads),
-        grid_names=("batch", "tile", "head"),
+        grid=(num_programs,),
+        grid_names=("program",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=scratch,

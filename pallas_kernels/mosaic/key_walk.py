@@ -39,6 +39,46 @@ def walk(bounds: tuple[Any, Any, Any, Any], step: Callable[..., Any], carry: Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Ring:
+    """Slots in shared memory for tiles, which are numbered as they come.
+
+    Attributes:
+      source: Reference from which they come.
+      slots: Buffer, one tile a slot.
+      full: Barriers, one a slot, for one copy each.
+      free: Barriers, one a slot, at which every warpgroup that reads arrives.
+    """
+
+    source: Any
+    slots: Any
+    full: Any
+    free: Any
+
+    def fetch(self, number: Any, place: Any) -> None:
+        """Starts the copy of a tile from a place, once its slot is free."""
+        num_slots = self.slots.shape[0]
+        slot = self._slot(number)
+        pl.when(number >= num_slots)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+        plgpu.copy_gmem_to_smem(self.source.at[place], self.slots.at[slot], self.full.at[slot])
+
+    def wait(self, number: Any) -> Any:
+        """Returns a tile once it is there; every warpgroup does this once for each."""
+        plgpu.barrier_wait(self.full.at[self._slot(number)])
+        return self.tile(number)
+
+    def tile(self, number: Any) -> Any:
+        """Returns a tile that is there."""
+        return self.slots.at[self._slot(number)]
+
+    def release(self, number: Any) -> None:
+        """Frees the slot of a tile."""
+        plgpu.barrier_arrive(self.free.at[self._slot(number)])
+
+    def _slot(self, number: Any) -> Any:
+        return lax.rem(number, jnp.int32(self.slots.shape[0]))
+
+
+@dataclasses.dataclass(frozen=True)
 class KeyWalk:
     """What a program of `warpgroups` * 64 tokens walks; sizes are static, the rest int32 scalars.
 
@@ -65,7 +105,10 @@ class KeyWalk:
         return (self.tile * self.warpgroups + warpgroup) * tiles.ROWS
 
     def range(self) -> tuple[Any, Any]:
-        """Returns the first tile of keys that some token of the program sees, and the end."""
+        """Returns the first tile of keys that some token of the program sees, and the end.
+
+        There is always one, if only to be masked: so a kernel can treat the first one apart.
+        """
         earliest: Any = 0
         if self.documents is not None:
             of_tiles = self.documents.earliest_start
@@ -74,10 +117,11 @@ class KeyWalk:
                 for i in range(self.warpgroups)
             )
             earliest = functools.reduce(jnp.minimum, starts)
-        begin = self.key_range.first_key(self.first_token(0), earliest)
-        end = self.key_range.end_key(self.first_token(self.warpgroups) - 1)
         last = jnp.int32(self.num_keys // self.width)
-        return lax.div(begin, jnp.int32(self.width)), jnp.minimum(self._tiles(end), last)
+        begin = self.key_range.first_key(self.first_token(0), earliest)
+        begin = jnp.minimum(lax.div(begin, jnp.int32(self.width)), last - 1)
+        end = self._tiles(self.key_range.end_key(self.first_token(self.warpgroups) - 1))
+        return begin, jnp.clip(end, begin + 1, last)
 
     def bounds(self, warpgroup: Any) -> tuple[Any, Any, Any, Any]:
         """Returns the range with, inside it, that of the tiles which all tokens see wholly."""
@@ -93,21 +137,18 @@ class KeyWalk:
         full_end = lax.div(self.key_range.end_key(first), jnp.int32(self.width))
         return begin, full_begin, jnp.clip(full_end, full_begin, end), end
 
-    def fetch(self, copies: list[tuple[Any, Any]], kv_head: Any, full: Any, free: Any) -> None:
-        """Copies the tiles of the range from (keys, ring) pairs, one after another."""
+    def fetch(self, rings: list["Ring"], kv_head: Any, count: Any = 0) -> Any:
+        """Copies the tiles of the range to rings that had `count` before; returns the new count."""
         begin, end = self.range()
 
         def fetch_tile(i: Any, _: Any) -> Any:
-            slot = lax.rem(i - begin, jnp.int32(SLOTS))
-            pl.when(i - begin >= SLOTS)(lambda: plgpu.barrier_wait(free.at[slot]))
             rows = pl.ds(i * self.width, self.width)
-            for source, ring in copies:
-                plgpu.copy_gmem_to_smem(
-                    source.at[self.batch_id, rows, kv_head], ring.at[slot], full.at[slot]
-                )
+            for ring in rings:
+                ring.fetch(count + i - begin, (self.batch_id, rows, kv_head))
             return 0
 
         lax.fori_loop(begin, end, fetch_tile, 0)
+        return count + end - begin
 
     def mask(self, warpgroup: Any, start_s: Any) -> Callable[[Any, jax.Array], jax.Array]:
         """Returns f(i, scores), which sets to -inf those of tile i that a token does not see."""
@@ -134,18 +175,3 @@ def copy_all(copies: list[tuple[Any, Any]], barrier: Any) -> None:
     """Starts copies to shared memory, all of which arrive at one barrier."""
     for source, destination in copies:
         plgpu.copy_gmem_to_smem(source, destination, barrier)
-
-
-def weights_and_gradient(
-    left: Any, right: Any, dleft: Any, dright: Any, weigh: Callable[[jax.Array], jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Returns weigh(left @ right^T) and dleft @ dright^T, which is computed during `weigh`."""
-
-    def body(scores: Any, dweights: Any) -> tuple[jax.Array, jax.Array]:
-        plgpu.wgmma(scores, left, tiles.transposed(right))
-        plgpu.wgmma(dweights, dleft, tiles.transposed(dright))
-        weights = weigh(plgpu.wgmma_accumulator_load(scores, wait_n=1))
-        return weights, dweights[...]
-
-    accumulator = plgpu.ACC((left.shape[0], right.shape[0]), jnp.float32)
-    return pl.run_scoped(body, accumulator, accumulator)
