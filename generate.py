@@ -31,17 +31,17 @@ def main(options: Options) -> None:
     """Restores the run and prints what it makes of the prompt."""
     use_compilation_cache()
     config, params, step = restore_params(options.workdir, step=options.step)
-    generator = Generator(config, params, options.tokenizer)
-    print(f"{options.workdir}, step {step}", file=sys.stderr)
-    show_prompt(options.prompt)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
-    for (text,) in generator.stream(
+    texts = Generator(config, params, options.tokenizer).stream(
         [options.prompt],
         max_tokens=options.max_tokens,
         sampling=options.sampling,
         seed=options.seed,
-    ):
+    )
+    print(f"{options.workdir}, step {step}", file=sys.stderr)
+    show_prompt(options.prompt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
+    for (text,) in texts:
         print(text, end="", flush=True)
     print()
 

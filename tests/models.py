@@ -9,6 +9,9 @@ from asa_jax.config import ModelConfig, config_from_dict
 from asa_jax.model.transformer import abstract_model
 from configs import base
 
+# For jax.jit(..., compiler_options=QUICK_COMPILE): optimising takes longer than a small test runs.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+
 
 def tiny_model_config(kinds: tuple[str, ...], **overrides: Any) -> ModelConfig:
     """A float32 model of a few thousand parameters with the given layers.

@@ -70,8 +70,8 @@ class Generator:
             sampling: how tokens are drawn.
             seed: of the draws.
 
-        Yields:
-            For each prompt the text that has come since, in whole characters, often ''.
+        Returns:
+            Gives for each prompt the text that has come since, in whole characters, often ''.
 
         Raises:
             ConfigError: a setting is out of range, or prompt and continuation are too long.
@@ -79,13 +79,8 @@ class Generator:
         """
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
         rows = [_Continuation(self.tokenizer, tokens) for tokens in encoded]
-        for drawn in self.stream_tokens(
-            encoded, max_tokens=max_tokens, sampling=sampling, seed=seed
-        ):
-            yield [row.push(tokens) for row, tokens in zip(rows, drawn.tolist(), strict=True)]
-            if all(row.ended for row in rows):
-                return
-        yield [row.flush() for row in rows]
+        drawn = self.stream_tokens(encoded, max_tokens=max_tokens, sampling=sampling, seed=seed)
+        return _stream_text(rows, drawn)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a prompt, at least one."""
@@ -108,8 +103,8 @@ class Generator:
             sampling: how tokens are drawn.
             seed: of the draws.
 
-        Yields:
-            int32 [B, n], the next n tokens of each prompt.
+        Returns:
+            Gives int32 [B, n], the next n tokens of each prompt.
         """
         check_request(max_tokens, seed)
         cache_length = self._cache_length(max(map(len, prompts)), max_tokens)
@@ -121,11 +116,15 @@ class Generator:
         }
         padded, lengths = self._pad(prompts)
         self._check_memory(len(lengths), cache_length)
-        state, drawn = self._run(start, padded, lengths, **settings, cache_length=cache_length)
-        yield drawn[: len(prompts)]
-        for first in range(1, max_tokens, STEPS_PER_DISPATCH):
-            state, drawn = self._run(advance, state, **settings)
-            yield drawn[: len(prompts), : max_tokens - first]
+
+        def draw() -> Iterator[np.ndarray]:
+            state, drawn = self._run(start, padded, lengths, **settings, cache_length=cache_length)
+            yield drawn[: len(prompts)]
+            for first in range(1, max_tokens, STEPS_PER_DISPATCH):
+                state, drawn = self._run(advance, state, **settings)
+                yield drawn[: len(prompts), : max_tokens - first]
+
+        return draw()
 
     def _cache_length(self, longest: int, max_tokens: int) -> int:
         """Tokens that the longest row comes to, whole dispatches and buckets."""
@@ -226,6 +225,14 @@ class _Continuation:
     def flush(self) -> str:
         """Returns what is held back, at the end of the stream."""
         return "" if self.ended else self._decoder.flush()
+
+
+def _stream_text(rows: list[_Continuation], drawn: Iterator[np.ndarray]) -> Iterator[list[str]]:
+    for chunk in drawn:
+        yield [row.push(tokens) for row, tokens in zip(rows, chunk.tolist(), strict=True)]
+        if all(row.ended for row in rows):
+            return
+    yield [row.flush() for row in rows]
 
 
 def _memory_bytes(devices: Sequence[jax.Device]) -> int:

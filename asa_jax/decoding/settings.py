@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from asa_jax.config import MAX_EVALUATION_TOKENS
 from asa_jax.errors import ConfigError
 
 MAX_SEED = 2**32 - 1
@@ -34,8 +35,9 @@ class Sampling(NamedTuple):
 
 
 def check_request(max_tokens: int, seed: int) -> None:
-    """Raises a ConfigError unless a request asks for a token or more, and its seed is a seed."""
-    _require(max_tokens >= 1, "max_tokens", max_tokens, "at least 1")
+    """Raises a ConfigError unless the number of tokens and the seed are in range."""
+    most = MAX_EVALUATION_TOKENS
+    _require(1 <= max_tokens < most, "max_tokens", max_tokens, f"from 1 to {most - 1}")
     _require(0 <= seed <= MAX_SEED, "seed", seed, f"from 0 to {MAX_SEED}")
 
 

@@ -11,35 +11,13 @@ from flax import nnx
 
 from asa_jax.config import ModelConfig
 from asa_jax.model.transformer import abstract_model
-from tests.models import random_params, tiny_model_config
+from tests.decoding.kind_cases import CASES
+from tests.models import QUICK_COMPILE, random_params, tiny_model_config
 
 # Prompts of one batch: around the window (12), blocks (16) and query groups (4), all residues of 4.
 LENGTHS = np.array((1, 2, 3, 4, 11, 12, 13, 15, 16, 17, 31, 32, 33, 34, 35))
 NUM_STEPS = 32
 TOKENS = np.random.default_rng(1).integers(64, size=(15, 35 + NUM_STEPS), dtype=np.int32)
-
-CASES = {
-    "full": (("full",), {}),
-    "mla": (("mla",), {"q_lora_rank": 16}),
-    "sliding": (("sliding",), {}),
-    "local": (("local",), {}),
-    "global": (("global",), {}),
-    "global_one_query_one_latent": (
-        ("global",),
-        {"queries_per_selection": 1, "num_latent_groups": 1},
-    ),
-    "nsa": (("nsa",), {}),
-    "nsa_shared_mlp": (("nsa",), {"nsa_share_kv": True, "nsa_compression": "mlp"}),
-    "nsa_overlapping_mlp": (
-        ("nsa",),
-        {"compression_stride": 4, "compression_block_size": 8, "nsa_compression": "mlp"},
-    ),
-    "nsa_no_selection": (("nsa",), {"nsa_branches": ("compression", "window")}),
-    "nsa_no_compression": (("nsa",), {"nsa_branches": ("window",)}),
-    "asa_scanned": (("local", "global") * 2, {"scan_layers": True}),
-    "alternating": (("sliding", "nsa") * 2, {"nsa_branches": ("compression", "selection")}),
-    "no_period": (("local", "global", "full"), {"tie_embeddings": True}),
-}
 
 
 def _decode(cfg: ModelConfig, params: Any, cache_length: int) -> jax.Array:
@@ -47,7 +25,6 @@ def _decode(cfg: ModelConfig, params: Any, cache_length: int) -> jax.Array:
     graphdef, _, _ = abstract_model(cfg)
     rows, tokens = jnp.arange(len(LENGTHS)), jnp.array(TOKENS)
 
-    @jax.jit
     def run(params):
         model = nnx.merge(graphdef, params)
         # What lies behind a prompt must not matter.
@@ -63,18 +40,19 @@ def _decode(cfg: ModelConfig, params: Any, cache_length: int) -> jax.Array:
         _, rest = jax.lax.scan(step, cache, LENGTHS + jnp.arange(NUM_STEPS)[:, None])
         return jnp.concatenate([first[:, None], jnp.moveaxis(rest, 0, 1)], axis=1)
 
-    return run(params)
+    return jax.jit(run, compiler_options=QUICK_COMPILE)(params)
 
 
 def _forward(cfg: ModelConfig, params: Any) -> jax.Array:
     """What `_decode` gives, from one pass over whole rows."""
     graphdef, _, _ = abstract_model(cfg)
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
-    hidden = jax.jit(
-        lambda params: nnx.merge(graphdef, params)(
-            jnp.array(TOKENS), positions, jnp.ones_like(positions)
-        )
-    )(params)
+
+    def run(params):
+        model = nnx.merge(graphdef, params)
+        return model(jnp.array(TOKENS), positions, jnp.ones_like(positions))
+
+    hidden = jax.jit(run, compiler_options=QUICK_COMPILE)(params)
     index = LENGTHS[:, None] - 1 + jnp.arange(NUM_STEPS + 1)
     return jnp.take_along_axis(hidden, index[..., None], axis=1)
 
@@ -88,11 +66,11 @@ class CachedDecodeTest(parameterized.TestCase):
         decoded = _decode(cfg, params, TOKENS.shape[1])
         chex.assert_trees_all_close(decoded, _forward(cfg, params), atol=2e-5, rtol=2e-5)
 
-    @parameterized.parameters(("local",), ("global",), ("nsa",))
-    def test_bfloat16_rounds_no_worse_than_forward(self, kind):
+    @parameterized.named_parameters(("asa", ("local", "global")), ("nsa", ("nsa", "full")))
+    def test_bfloat16_rounds_no_worse_than_forward(self, kinds):
         # All blocks are selected: rounding may well change which are the most important.
-        exact = tiny_model_config((kind,), num_selected_blocks=8)
-        rounded = tiny_model_config((kind,), num_selected_blocks=8, compute_dtype="bfloat16")
+        exact = tiny_model_config(kinds, num_selected_blocks=8)
+        rounded = tiny_model_config(kinds, num_selected_blocks=8, compute_dtype="bfloat16")
         params = random_params(exact)
         want = _forward(exact, params)
         decoded = jnp.abs(_decode(rounded, params, 128) - want)
