@@ -13,11 +13,11 @@ from tests.model import naive_attention
 
 
 def _inputs(length: int) -> tuple[np.ndarray, ...]:
-    """Queries of 4 heads, keys and values of 2, values narrower than keys; two documents."""
+    """Queries of 4 heads, keys and narrower values of 2; two documents with padding between."""
     rng = np.random.default_rng(0)
     shapes = ((1, length, 4, 8), (1, length, 2, 8), (1, length, 2, 5))
     segment_ids = np.ones((1, length), np.int32)
-    segment_ids[:, length // 3 :], segment_ids[:, -2:] = 2, 0
+    segment_ids[:, length // 3 :], segment_ids[:, length // 3 - 2 : length // 3] = 2, 0
     return *(rng.normal(size=shape).astype(np.float32) for shape in shapes), segment_ids
 
 
