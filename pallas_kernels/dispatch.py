@@ -75,12 +75,3 @@ def _device_kind() -> str:
 @functools.cache  # so once for each reason
 def _log_fallback(op: str, reason: str) -> None:
     _log.warning("%s runs in XLA instead of mosaic_gpu: %s", op, reason)
-
-
-def resolve(op: str, implementation: Implementation | None) -> Implementation:
-    """Returns 'xla', for the operations whose kernel is not wired yet; see `run`."""
-    return run(op, implementation, mosaic_gpu=_no_kernel, xla=lambda: "xla")
-
-
-def _no_kernel() -> Implementation:
-    raise NotImplementedError("there is no kernel yet; use implementation='xla' or None")

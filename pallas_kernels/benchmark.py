@@ -1,0 +1,233 @@
+"""Times every operation on a Hopper GPU: `python -m pallas_kernels.benchmark --output DIR`.
+
+Prints a table and writes it to DIR as `kernels.md`, `kernels.json` and `kernels.png`. Each row runs
+in its own process under a timeout, so that a crash or a hang costs one row. The processes compile
+side by side (3 GB of host memory each) and then have the GPU to themselves in turn.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import os
+import select
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels import dispatch
+from pallas_kernels.benchmark_rows import DENSE_LAYER, PAIR, ROWS, Row
+
+HEADER = ("row", "T", "fwd ms", "target", "% of floor", "fwd+bwd ms", "target", "% of floor")
+
+
+class Measurement:
+    """The process of a row: it compiles, then waits until it is told to measure."""
+
+    def __init__(self, row: Row, lengths: list[int]) -> None:
+        self.row = row
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115, open as long as the process
+        module = [sys.executable, "-m", "pallas_kernels.benchmark_rows"]
+        self.process = subprocess.Popen(
+            [*module, row.name, ",".join(map(str, lengths))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        )
+
+    def wait_until_compiled(self, deadline: float) -> None:
+        """Returns at its first line, at its end, or at the deadline (in time.monotonic)."""
+        assert self.process.stdout is not None
+        select.select([self.process.stdout], [], [], max(0, deadline - time.monotonic()))
+
+    def results(self, timeout_seconds: float) -> list[dict[str, Any]]:
+        """Lets it measure; returns its lines, with an error if it did not end well and in time."""
+        ending = None
+        try:
+            output, _ = self.process.communicate(b"\n", timeout_seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            output, _ = self.process.communicate()
+            ending = f"no end in {timeout_seconds:g} s"
+        if self.process.returncode and ending is None:
+            self.errors.seek(0)
+            said = self.errors.read().decode(errors="replace").strip().splitlines()
+            ending = f"exit {self.process.returncode}: {said[-1][:200] if said else ''}"
+        lines = [json.loads(line) for line in output.splitlines()]
+        return lines + ([{"error": ending}] if ending else [])
+
+
+def measure(rows: list[Row], lengths: list[int], timeout_seconds: float) -> list[dict[str, Any]]:
+    """Returns a record for each row, length and pass, and for each row that failed."""
+    running = [Measurement(row, lengths) for row in rows]
+    deadline = time.monotonic() + timeout_seconds
+    for measurement in running:
+        measurement.wait_until_compiled(deadline)
+    records = []
+    for measurement in running:
+        row = measurement.row
+        for result in measurement.results(timeout_seconds):
+            if "length" in result:
+                case = dataclasses.replace(row.case, num_tokens=result["length"])
+                result["floor_milliseconds"] = row.floor(case, result["backward"])
+                target = row.targets.get(result["length"], (None, None))
+                result["target_milliseconds"] = target[result["backward"]]
+            records.append({"row": row.name, **result})
+            print(json.dumps(records[-1]), file=sys.stderr, flush=True)
+    return records
+
+
+def cells(record: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Time, target and percentage of the floor, as text."""
+    if record is None:
+        return "", "", ""
+    target = record["target_milliseconds"]
+    target_text = "" if target is None else f"{target:g}"
+    if "error" in record:
+        return "failed", target_text, ""
+    time_ms = record["milliseconds"]
+    percentage = 100 * record["floor_milliseconds"] / time_ms
+    return f"{time_ms:.3f}", target_text, f"{percentage:.0f}"
+
+
+def table(records: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Lines of the table, one for each row and length."""
+    by_key = {(r["row"], r["length"], r["backward"]): r for r in records if "length" in r}
+    keys = dict.fromkeys((row, length) for row, length, _ in by_key)
+    return [
+        (row, str(length), *cells(by_key.get((row, length, False))),
+         *cells(by_key.get((row, length, True))))
+        for row, length in keys
+    ]  # fmt: skip
+
+
+def pair_against_dense(records: list[dict[str, Any]]) -> list[str]:
+    """How much less a pair of ASA layers takes than two dense layers."""
+    times = {
+        (r["row"], r["length"], r["backward"]): r.get("milliseconds")
+        for r in records
+        if "length" in r
+    }
+    lines = []
+    for (row, length, backward), dense in times.items():
+        pair = times.get((PAIR, length, backward))
+        if row == DENSE_LAYER and dense and pair:
+            what = "forward and backward" if backward else "forward"
+            lines.append(
+                f"- T={length}, {what}: two dense layers take {2 * dense / pair:.2f} x an ASA pair"
+            )
+    return lines
+
+
+def markdown(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """The table, what it was measured on and what failed."""
+    lines = [HEADER, ("---",) * len(HEADER), *table(records)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    text = [
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    ]
+    text += [
+        "",
+        *pair_against_dense(records),
+        "",
+        *(f"- {name}: {value}" for name, value in about.items()),
+    ]
+    text += [
+        f"- failed: {r['row']}, T={r.get('length')}: {r['error']}" for r in records if "error" in r
+    ]
+    return "\n".join(text) + "\n"
+
+
+def plot(records: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
+    """Draws time over length, forward and with backward side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    names = dict.fromkeys(record["row"] for record in records)
+    for backward, panel in enumerate(panels):
+        for name in names:
+            points = [
+                (r["length"], r["milliseconds"], r["target_milliseconds"] or math.nan)
+                for r in records
+                if r["row"] == name and r.get("backward") == bool(backward) and "milliseconds" in r
+            ]
+            if not points:
+                continue
+            lengths, times, targets = zip(*points, strict=True)
+            (line,) = panel.plot(lengths, times, marker="o", label=name)
+            panel.scatter(lengths, targets, marker="_", s=200, color=line.get_color())
+        panel.set(
+            xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds",
+            title="forward and backward" if backward else "forward (bars: targets)",
+        )  # fmt: skip
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"{about['device']}, jax {about['jax']}, {about['date']}")
+    figure.savefig(path, dpi=120)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    ops = sorted({row.op for row in ROWS})
+    parser = argparse.ArgumentParser(prog="pallas_kernels.benchmark", description=__doc__)
+    parser.add_argument("--ops", help=f"of {','.join(ops)}; all by default")
+    parser.add_argument("--lengths", default="8192,32768,65536", help="tokens of a row")
+    parser.add_argument("--output", type=Path, help="directory for the table, JSON and chart")
+    parser.add_argument("--timeout_seconds", type=float, default=120, help="of a row")
+    options = parser.parse_args(arguments)
+    options.ops = options.ops.split(",") if options.ops else ops
+    if unknown := set(options.ops) - set(ops):
+        parser.error(f"--ops: unknown {sorted(unknown)}, expected some of {ops}")
+    try:
+        options.lengths = [int(length) for length in options.lengths.split(",")]
+    except ValueError:
+        parser.error(f"--lengths: expected numbers with commas between, got {options.lengths!r}")
+    if any(length < 1024 or length % 1024 for length in options.lengths):
+        parser.error(f"--lengths: expected multiples of 1024, got {options.lengths}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code, 1 if a measurement failed or there is no GPU."""
+    options = parse(arguments)
+    if not dispatch.is_hopper():
+        print("error: the benchmark needs a Hopper GPU (compute capability 9)", file=sys.stderr)
+        return 1
+    rows = [row for row in ROWS if row.op in options.ops]
+    records = measure(rows, options.lengths, options.timeout_seconds)
+    devices = [record for record in records if "device" in record]
+    about = {
+        **({key: devices[0][key] for key in ("device", "jax")} if devices else {}),
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(
+            ["python", "-m", "pallas_kernels.benchmark", *(arguments or sys.argv[1:])]
+        ),
+        "setting": "batch 1, bfloat16; median device time, warm",
+    }
+    records = [record for record in records if "device" not in record]
+    text = markdown(records, about)
+    print(text, end="")
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "kernels.md").write_text(text)
+        (options.output / "kernels.json").write_text(
+            json.dumps({"about": about, "records": records}, indent=1) + "\n"
+        )
+        plot(records, about, options.output / "kernels.png")
+    return int(any("error" in record for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
