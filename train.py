@@ -23,7 +23,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from asa_jax.decoding.generate import Generator
+from asa_jax.decoding.settings import Sampling
 from asa_jax.sharding import make_mesh
 from asa_jax.training.checkpoint import make_meta, restore_state
 from asa_jax.training.checkpoint_writer import CheckpointWriter
@@ -35,6 +38,8 @@ from asa_jax.training.run_directory import CHECKPOINTS
 from asa_jax.training.run_log import RunLog, bits_per_byte
 from asa_jax.training.signals import StopSignals
 from asa_jax.training.step import Trainer, TrainState, make_trainer
+
+SAMPLE_PROMPT, SAMPLE_TOKENS = "The ", 60
 
 
 def main(run: Run) -> int:
@@ -102,6 +107,7 @@ def train(
                 log.flush()
                 log.evaluation(step, evaluate(trainer, state.params, feed))
                 log.restart_clock()
+        log.print(f"a sample:\n{sample(run, state.params, trainer.mesh)}\n")
     return True
 
 
@@ -113,6 +119,15 @@ def evaluate(trainer: Trainer, params: Any, feed: Feed) -> dict[str, float]:
         "validation_loss": totals["nll"] / max(totals["tokens"], 1),
         "validation_bits_per_byte": bits_per_byte(totals["nll"], totals["target_bytes"]),
     }
+
+
+def sample(run: Run, params: Any, mesh: Mesh) -> str:
+    """Draws the continuation of a short prompt."""
+    generator = Generator(run.config, params, run.sources[0].tokenizer(), mesh)
+    (text,) = generator.generate(
+        [SAMPLE_PROMPT], max_tokens=SAMPLE_TOKENS, sampling=Sampling(temperature=0.8)
+    )
+    return SAMPLE_PROMPT + text
 
 
 def report(run: Run) -> None:

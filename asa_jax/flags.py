@@ -109,7 +109,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     Args:
         main: the command; returns its exit code, None for 0.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s: %(message)s", force=True)
+    # Orbax and tensorstore print, with tracebacks, errors of writing that they also raise.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _print_unraisable
     code = _guarded(main)
     try:
         sys.stdout.flush()
@@ -132,6 +135,11 @@ def _guarded(main: Callable[[], int | None]) -> int:
         if error.errno not in _MACHINE_ERRORS:
             raise
         return _fail(_describe(error), 1)
+
+
+def _print_unraisable(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(message: str, code: int) -> int:

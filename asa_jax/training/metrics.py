@@ -4,10 +4,14 @@ Only process 0 writes. A line of metrics.jsonl is one step; evaluations are line
 fields that begin with `validation_`.
 """
 
+import contextlib
 import json
 import math
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import matplotlib
@@ -15,7 +19,11 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
+
+from asa_jax.errors import UserError
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -35,16 +43,21 @@ class MetricsWriter:
         self._workdir = workdir
         _drop_after(workdir / METRICS, start_step)
         self._lines = (workdir / METRICS).open("a")
-        self._board = SummaryWriter(
-            str(workdir / TENSORBOARD), purge_step=start_step + 1, write_to_disk=True
-        )
+        self._board = _EventFile(workdir / TENSORBOARD, start_step + 1)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._lines.close()
-        self._board.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # On a full disk closing fails too, and the first error is the one to tell.
+        with contextlib.suppress(*[OSError] if error else []):
+            self._lines.close()
+            self._board.close()
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Appends one line of numbers; None and what is not finite become null.
@@ -52,17 +65,48 @@ class MetricsWriter:
         Args:
             step: steps done.
             values: numbers by name, with units in the names.
+
+        Raises:
+            UserError: the disk is full.
         """
         known = {name: _finite(value) for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, **known}) + "\n")
-        self._lines.flush()
-        for name, value in known.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        try:
+            self._lines.write(json.dumps({"step": step, **known}) + "\n")
+            self._lines.flush()
+            self._board.write(step, known)
+        except OSError as error:
+            raise UserError(f"{self._workdir}: metrics: {error.strerror}") from error
 
     def plot(self) -> None:
         """Draws training and validation loss of the whole run."""
         plot_losses(self._workdir)
+
+
+class _EventFile:
+    """A TensorBoard file of scalars.
+
+    Written in place: the thread of tensorboardX's own writer dies on a full disk, and closing then
+    waits for it for ever.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}"
+        self._records = RecordWriter(str(folder / name))
+        self._append(file_version="brain.Event:2")
+        # TensorBoard hides what earlier files have from this step on.
+        self._append(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        known = [(name, value) for name, value in values.items() if value is not None]
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in known]
+        self._append(step=step, summary=Summary(value=scalars))
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _append(self, **fields: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._files.close()
+        self._files.__exit__(kind, error, trace)
 
     def push(self, step: int, metrics: Mapping[str, jax.Array], data_wait_seconds: float) -> None:
         """Takes the metrics of a step that was just dispatched and completes the one before.

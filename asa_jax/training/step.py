@@ -45,6 +45,7 @@ class Trainer(NamedTuple):
     """The jitted functions of a run and the shapes they work on.
 
     Attributes:
+        mesh: the devices.
         state: TrainState of ShapeDtypeStruct with shardings.
         init: makes the state of step 0.
         step: maps a state, which it consumes, and a batch to the next state and metrics: scalars
@@ -53,6 +54,7 @@ class Trainer(NamedTuple):
         evaluate: maps parameters and a batch to sums: nll, tokens, target_bytes.
     """
 
+    mesh: Mesh
     state: TrainState
     init: Callable[[], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -88,6 +90,7 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
     sums = make_sums(graphdef, byte_lengths, config.training.loss_chunk_tokens)
     batch, one = batch_sharding(mesh), NamedSharding(mesh, P())
     return Trainer(
+        mesh=mesh,
         state=with_shardings(state, shardings),
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(

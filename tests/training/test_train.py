@@ -110,6 +110,7 @@ def test_a_run_says_what_it_does_and_where_everything_is(finished):
     assert lines[0].startswith(f"starts at step 0 of {STEPS}:")
     assert any(line.startswith("step 60/60  loss ") and "bits/byte" in line for line in lines)
     assert not done.stderr
+    assert lines[lines.index("a sample:") + 1].startswith("The ")
     for name in ("checkpoints", "metrics.jsonl", "tensorboard", "loss.png", "config.json"):
         assert (workdir / name).exists()
     assert f"python eval.py --workdir={workdir}" in done.stdout
@@ -187,6 +188,7 @@ def test_a_damaged_newest_step_is_passed_over(finished, train, tmp_path):
     done = train(workdir)
     assert done.returncode == 0
     (warning,) = done.stderr.splitlines()
+    assert warning.startswith("WARNING: ")
     assert "60: passed over: params/manifest.ocdbt is not as it was written" in warning
     assert done.stdout.startswith("resumes after step 40 of 60")
     assert _losses(workdir) == _losses(finished[0])
@@ -213,6 +215,19 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing_of_it(train, tmp_path)
     (line,) = done.stderr.splitlines()
     assert "loss or gradient not finite 3 times in a row" in line
     chex.assert_tree_all_finite(restore_params(tmp_path / "run")[1])
+
+
+def test_a_save_that_fails_ends_the_run_in_one_line(command, environment, tmp_path, finished):
+    """A limit on file sizes in the place of a full disk; `finished` has compiled everything."""
+    limited = ["bash", "-c", 'ulimit -f 30; exec "$@"', "-", *command]
+    done = subprocess.run(
+        [*limited, f"--workdir={tmp_path / 'run'}"],
+        cwd=PROJECT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"{tmp_path}/run/checkpoints: a checkpoint of " in line
+    assert "bytes could not be written: File too large" in line
 
 
 def _refusal(train, workdir, *more):
