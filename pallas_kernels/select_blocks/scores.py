@@ -132,7 +132,7 @@ def importance(
                 keys = tiles.transposed(k_s.at[warpgroup, number])
                 scores = tiles.matmul((q_s.at[slot], keys))
                 sums = sums + tap.weight * jnp.exp2(scores * exponent - row_lse)
-            plgpu.barrier_arrive(free_bar.at[slot])
+            pl.when(i + SLOTS < group)(lambda: plgpu.barrier_arrive(free_bar.at[slot]))
             return sums
 
         @pl.when(competes)

@@ -222,17 +222,18 @@ def test_lists_in_interpret_mode(size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "num_tokens"),
-    [(((2, 1, 32), (16, 16, 16), 4, 4), 128), (((4, 2, 32), (64, 32, 16), 4, 64), 1024)],
+    ("shape", "num_tokens", "sizes"),
+    [
+        (((8, 1, 32), (16, 16, 16), 4, 8), 128, Tiling(2, 64)),  # more heads than slots
+        (((4, 2, 32), (64, 32, 16), 4, 64), 1024, Tiling(1, 64)),
+    ],
 )
-def test_operation_in_interpret_mode(shape, num_tokens):
+def test_operation_in_interpret_mode(shape, num_tokens, sizes):
     segment_ids = packed(shape, num_tokens)
     query, key, lse = arguments(shape, num_tokens, segment_ids=segment_ids)
-    run = operation(
-        shape, segment_ids, sizes=Tiling(1, 64), interpret=plgpu.InterpretGPUParams()
-    )  # one warpgroup: interpret mode does not let two wait on one barrier
-    want = expected(shape, query, key, lse, segment_ids)
-    chex.assert_trees_all_equal(run(query, key, lse), want)
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    got = operation(shape, segment_ids, sizes=sizes, interpret=interpret)(query, key, lse)
+    chex.assert_trees_all_equal(got, expected(shape, query, key, lse, segment_ids))
 
 
 @gpu
