@@ -27,7 +27,9 @@ def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
     """Returns the tiling and the widest swizzle that rows of `width` numbers allow."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = next(size for size in (128, 64, 32) if width * itemsize % size == 0)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+    tiling: Any = plgpu.TilingTransform  # mypy takes these classes for abstract ones
+    swizzling: Any = plgpu.SwizzleTransform
+    return tiling((8, swizzle // itemsize)), swizzling(swizzle)
 
 
 def tiled(shape: Sequence[int], dtype: Any, *, like_width: int | None = None) -> Any:
@@ -99,9 +101,8 @@ def add_matmuls(
     """
     if interpret:
         return tuple(
-            total
-            + sum(jnp.dot(x[...].astype(jnp.float32), y[...].astype(jnp.float32)) for x, y in p)
-            for total, p in zip(sums, pairs, strict=True)
+            functools.reduce(_add_plain_product, products, total)
+            for total, products in zip(sums, pairs, strict=True)
         )
 
     def body(accumulators: Any) -> None:

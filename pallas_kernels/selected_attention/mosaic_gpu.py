@@ -59,11 +59,13 @@ def selected_attention(
     tail = -length % KEYS
     query, key = _pad(query, 1, tail), _pad(key, 1, tail)
     value = _pad(value, 1, tail)
-    lists = _pad(
-        block_indices, 1, query.shape[1] // queries_per_selection - block_indices.shape[1], -1
+    num_groups = query.shape[1] // queries_per_selection
+    lists = clean_lists(
+        _pad(block_indices, 1, num_groups - block_indices.shape[1], fill=-1),
+        _pad(segment_ids, 1, tail),
+        block_size,
+        queries_per_selection,
     )
-    padded_ids = _pad(segment_ids, 1, tail)
-    lists = clean_lists(lists, padded_ids, block_size, queries_per_selection)
     split = query.reshape(batch, length + tail, num_kv_heads, heads, -1)
     query = _pad(split, 3, padded_heads - heads).reshape(*query.shape[:2], -1, query.shape[3])
     results = _attention(problem, value_dim, query, key, value, lists)
@@ -178,10 +180,8 @@ def _backward(problem, value_dim, residuals, cotangents):  # type: ignore[no-unt
     dquery = from_rows(jnp.concatenate(dquery, axis=-1), length)
     dkeys = _key_gradients(problem, query_rows, keys, value, doutput, row_statistics, lists)
     dvalue = None if value is None else dkeys.pop()
-    dkey = jnp.concatenate(
-        [gradient[..., : part.shape[-1]] for gradient, part in zip(dkeys, keys, strict=True)],
-        axis=-1,
-    )
+    unpadded = (x[..., : part.shape[-1]] for x, part in zip(dkeys, keys, strict=True))
+    dkey = jnp.concatenate(list(unpadded), axis=-1)
     return dquery, dkey, dvalue, None
 
 
@@ -204,15 +204,9 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     items = backward.key_gradient_items(
         problem, query_rows, keys, value, doutput, row_statistics, inverse, num_stages=2
     )
+    lead, dtype = (batch, length, num_kv_heads), keys[0].dtype
     return [
-        backward.sum_items(
-            problem,
-            part,
-            inverse,
-            cells,
-            (batch, length, num_kv_heads, part.shape[1]),
-            keys[0].dtype,
-        )
+        backward.sum_items(problem, part, inverse, cells, (*lead, part.shape[1]), dtype)
         for part in items
     ]
 
