@@ -5,6 +5,7 @@ The sliding window and the attention to compressed blocks are this operation wit
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -87,6 +88,8 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array | None, value_dim:
     for name, size, limit in (("key", head_dim, 192), ("value", value_dim, 128)):
         if size % 32 or size > limit:
             raise NotImplementedError(f"{name}: head dim {size} is no multiple of 32 to {limit}")
+    if value is None and value_dim % math.gcd(head_dim, 64):
+        raise NotImplementedError(f"value_dim: {value_dim} of {head_dim} cuts a tile of the key")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

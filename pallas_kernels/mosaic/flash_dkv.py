@@ -23,9 +23,7 @@ from pallas_kernels.mosaic.key_range import Documents, KeyRange
 
 KEYS = tiles.ROWS  # of a warpgroup
 SLOTS = 3  # of the ring of tiles of tokens, which are held for two steps
-OVERLAP_DIMS = (
-    192  # most numbers of a key in the sums that leave registers for two tiles beside them
-)
+OVERLAP_DIMS = 192  # of a key in the sums: with more, registers do not hold two tiles beside them
 BY_COLUMN = tiles.LAYOUT.reduce(0)  # of a vector with one number a column of a tile
 
 

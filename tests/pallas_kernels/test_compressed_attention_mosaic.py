@@ -1,0 +1,112 @@
+"""The Mosaic GPU kernels of compressed_attention: lowering, numbers against the reference."""
+
+from typing import Any
+
+import chex
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.blocks import number_of_blocks
+from pallas_kernels.compressed_attention import compressed_attention, mosaic_gpu, reference
+from tests.pallas_kernels import flash_checks
+
+# name: query heads, key heads, key and value head dims (0: the value is in the key), block, stride
+SHAPES = {
+    "asa": (16, 2, 160, 0, 16, 16),
+    "nsa_64": (16, 4, 64, 64, 32, 16),
+    "nsa_128": (64, 4, 128, 128, 32, 16),
+    "one_group": (16, 1, 128, 128, 32, 16),
+}
+VALUE_DIM = 128  # of a value in the key
+
+
+def shapes_of(name: str, batch: int, length: int) -> tuple[flash_checks.Shapes, int, int, int]:
+    """Returns shapes of query, key and value; value_dim; block size; stride."""
+    num_heads, num_kv_heads, head_dim, value_dim, block_size, stride = SHAPES[name]
+    num_blocks = number_of_blocks(length, block_size, stride)
+    key = (batch, num_blocks, num_kv_heads, head_dim)
+    value = (batch, num_blocks, num_kv_heads, value_dim) if value_dim else None
+    shapes = ((batch, length, num_heads, head_dim), key, value)
+    return shapes, value_dim or VALUE_DIM, block_size, stride
+
+
+def kernel(
+    value_dim: int, block_size: int, stride: int, interpret: Any = None
+) -> flash_checks.Attend:
+    def attend(query, key, value, segment_ids=None):  # type: ignore[no-untyped-def]
+        return mosaic_gpu.compressed_attention(
+            query, key, value, block_size, stride, value_dim, segment_ids, 0.1, interpret=interpret
+        )
+
+    return attend
+
+
+def definition(value_dim: int, block_size: int, stride: int) -> flash_checks.Attend:
+    def attend(query, key, value, segment_ids=None):  # type: ignore[no-untyped-def]
+        value = key[..., :value_dim] if value is None else value
+        return reference.compressed_attention(
+            query, key, value, block_size, stride, segment_ids, 0.1
+        )
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [("asa", False), ("asa", True), ("nsa_64", True), ("nsa_128", False), ("one_group", True)],
+)
+def test_lowers_with_gradients(name: str, packed: bool) -> None:
+    shapes, *sizes = shapes_of(name, 2, 2000)
+    text = flash_checks.lower_gradient(kernel(*sizes), shapes, packed)
+    assert text.count("@mosaic_gpu") == 3  # forward, query, key and value
+
+
+@pytest.mark.parametrize("length", [65, 1_048_576])
+def test_forward_lowers_for_any_length(length: int) -> None:
+    shapes, *sizes = shapes_of("asa", 1, length)
+    arrays = flash_checks.abstract(shapes)
+    assert "@mosaic_gpu" in flash_checks.lower_for_cuda(kernel(*sizes), *arrays)
+
+
+def test_no_block_gives_zero() -> None:
+    shapes, *sizes = shapes_of("asa", 1, 10)
+    query, key = (jnp.ones(shape, jnp.bfloat16) for shape in shapes[:2] if shape)
+    output, lse = kernel(*sizes)(query, key, None)
+    chex.assert_trees_all_equal(output, jnp.zeros((1, 10, 16, VALUE_DIM), jnp.bfloat16))
+    chex.assert_trees_all_equal(lse, jnp.full((1, 10, 16), -jnp.inf))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares_value", [False, True])
+def test_interpreted_matches_the_definition(shares_value: bool) -> None:
+    head_dim, value_dim, block_size = (160, 128, 16) if shares_value else (64, 64, 32)
+    key = (1, number_of_blocks(128, block_size, 16), 1)
+    value = None if shares_value else (*key, value_dim)
+    shapes = ((1, 128, 2, head_dim), (*key, head_dim), value)
+    sizes = (value_dim, block_size, 16)
+    attend = kernel(*sizes, plgpu.InterpretGPUParams())
+    row = flash_checks.packed_row(128)
+    flash_checks.check_against_definition(attend, definition(*sizes), shapes, value_dim, row)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [1024, 3001])
+@pytest.mark.parametrize("name", SHAPES)
+def test_matches_the_definition(name: str, length: int, packed: bool) -> None:
+    shapes, value_dim, block_size, stride = shapes_of(name, 1, length)
+    segment_ids = flash_checks.packed_row(length) if packed else None
+
+    def attend(query, key, value, segment_ids):  # type: ignore[no-untyped-def]
+        return compressed_attention(
+            query, key, value, block_size=block_size, stride=stride, value_dim=value_dim,
+            segment_ids=segment_ids, scale=0.1, implementation="mosaic_gpu",
+        )  # fmt: skip
+
+    sizes = (value_dim, block_size, stride)
+    flash_checks.check_against_definition(
+        attend, definition(*sizes), shapes, value_dim, segment_ids, repeats=True
+    )
