@@ -55,7 +55,7 @@ def test_floor_of_dense_attention():
 @pytest.mark.parametrize(
     "row", [row for row in ROWS if row.op != "dense"], ids=lambda row: row.name
 )
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rows_trace(row, backward, monkeypatch):
     if backward and not row.has_backward:
         pytest.skip("no gradient")

@@ -114,6 +114,7 @@ def test_lowers_for_cuda(shape, num_tokens, is_packed):
     lower(operation(shape, segment_ids), array_shapes(shape, num_tokens))
 
 
+@pytest.mark.slow
 def test_long_rows_are_scored_in_chunks():
     text = lower(operation(ASA_EACH_QUERY), array_shapes(ASA_EACH_QUERY, 262144)).as_text()
     sizes = [
