@@ -10,10 +10,10 @@ from asa_jax.config import config_to_dict
 from asa_jax.flags import PROJECT
 
 
-def test_every_mesh_draws_the_same_tokens(make_config):
+def test_a_mesh_draws_the_same_tokens(make_config):
     meshes = [
         dict(zip(("data", "fsdp", "tensor", "context"), sizes, strict=True))
-        for sizes in ((1, 1, 1, 1), (2, 2, 2, 1), (1, 2, 1, 2))
+        for sizes in ((1, 1, 1, 1), (1, 2, 2, 2))
     ]
     config = make_config(("local", "global"))
     done = subprocess.run(
@@ -30,7 +30,7 @@ def test_every_mesh_draws_the_same_tokens(make_config):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    single, *others = json.loads(done.stdout)
+    single, sharded = json.loads(done.stdout)
     assert [len(row) for row in single] == [20] * 3
     assert len({token for row in single for token in row}) > 10
-    assert others == [single] * 2
+    assert sharded == single
