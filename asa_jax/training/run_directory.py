@@ -31,14 +31,14 @@ CHECKPOINTS = "checkpoints"
 LOCK = "train.lock"
 
 # What may change when a run goes on: nothing here alters what the next step computes from a batch,
-# except `steps`, by which a run is made longer and its schedule follows. The data section is
-# compared by the fingerprint of its content, in the checkpoint.
-CHANGEABLE_SECTIONS = ("data", "mesh", "evaluation")
+# except `steps`, by which a run is made longer and its schedule follows. Sources may move: the
+# checkpoint holds a fingerprint of their content.
+CHANGEABLE_SECTIONS = ("mesh", "evaluation")
 CHANGEABLE_FIELDS = (
-    "model.remat", "training.steps", "training.log_every_steps", "training.eval_every_steps",
-    "training.eval_batches", "training.checkpoint_every_steps", "training.keep_checkpoints",
-    "training.max_nonfinite_steps", "training.loss_chunk_tokens", "training.profile_start_step",
-    "training.profile_steps",
+    "data.sources", "model.remat", "training.steps", "training.log_every_steps",
+    "training.eval_every_steps", "training.eval_batches", "training.checkpoint_every_steps",
+    "training.keep_checkpoints", "training.max_nonfinite_steps", "training.loss_chunk_tokens",
+    "training.profile_start_step", "training.profile_steps",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Trains a few steps on several meshes of simulated devices; a child process of test_sharding.py.
+"""Trains a few steps on several meshes of simulated devices, for test_sharded_training.py.
 
 Reads {"config": ..., "meshes": [...], "workdir": ...} from stdin. Writes the losses of each mesh
 and whether checkpoints of one restore exactly on the others.

@@ -62,6 +62,8 @@ def begun(tmp_path, make_config):
         ("optimizer.learning_rate", 0.5),
         ("optimizer.accumulation_steps", 2),
         ("training.seed", 1),
+        ("data.seed", 1),
+        ("data.batch_size", 16),
     ],
 )
 def test_a_changed_field_is_refused_by_name(begun, make_config, field, value):
@@ -77,6 +79,7 @@ def test_a_changed_field_is_refused_by_name(begun, make_config, field, value):
         ("training.steps", 40),
         ("training.checkpoint_every_steps", 3),
         ("mesh.fsdp", 2),
+        ("data.sources", ("moved",)),
         ("evaluation.seed", 1),
         ("model.remat", "full"),
     ],
