@@ -1,4 +1,4 @@
-"""Named calls of the operations, shared by tests and benchmarks."""
+"""Calls of the operations by their sizes, shared by tests and benchmark."""
 
 import dataclasses
 from typing import Any
@@ -98,39 +98,10 @@ SMALL_CASES = (
     Case("one_token", num_tokens=1),
     Case("no_complete_block", num_tokens=15, window_size=4, num_kv_heads=4),
     Case("one_block", num_tokens=16, window_size=1, num_kv_heads=1),
-    Case("odd_length", num_tokens=37, batch=2, window_size=7),
-    Case("window_longer_than_row", num_tokens=30, window_size=100, num_heads=3, num_kv_heads=1),
-    Case("fewer_blocks_than_selected", num_tokens=41, window_size=40, num_selected_blocks=8),
-    Case("more_blocks_than_selected", num_tokens=123, num_selected_blocks=4, window_size=50),
-    Case("shared_latent", num_tokens=70, num_kv_heads=1, shares_value=True, batch=2),
+    Case("odd_length", num_tokens=37, batch=2, window_size=7, num_selected_blocks=2),
+    Case("all_in_reach", 41, window_size=100, num_selected_blocks=8, num_heads=3, num_kv_heads=1),
+    Case("shared_latent", 123, batch=2, num_kv_heads=1, shares_value=True, window_size=50),
     Case("packed", num_tokens=133, document_lengths=(5, 33, 16, 37), window_size=11),
     Case("all_padding", num_tokens=20, document_lengths=(0,)),
-    Case("nsa_sizes", num_tokens=300, num_selected_blocks=3, **_NSA_SIZES),
-    Case(
-        "nsa_packed", num_tokens=200, document_lengths=(70, 40), num_selected_blocks=3, **_NSA_SIZES
-    ),
-)
-
-_LATENTS: dict[str, Any] = {"num_heads": 16, "num_kv_heads": 2, "head_dim": 160, "value_dim": 128}
-_ASA: dict[str, Any] = {
-    "window_size": 512,
-    "num_selected_blocks": 64,
-    "shares_value": True,
-    **_LATENTS,
-}
-_NSA: dict[str, Any] = {
-    "num_heads": 16,
-    "num_kv_heads": 4,
-    "head_dim": 64,
-    "value_dim": 64,
-    **_NSA_SIZES,
-}
-
-# Shapes of the models in `configs/`, to be timed.
-TIMED_CASES = (
-    Case("tiny", 512, batch=8, head_dim=96, value_dim=64, window_size=128, num_selected_blocks=16),
-    Case("asa_8k", 8192, **_ASA),
-    Case("asa_64k", 65536, **_ASA),
-    Case("nsa_8k", 8192, window_size=512, num_selected_blocks=16, **_NSA),
-    Case("nsa_64k", 65536, window_size=512, num_selected_blocks=16, **_NSA),
+    Case("nsa_packed", 300, document_lengths=(200, 41), num_selected_blocks=3, **_NSA_SIZES),
 )
