@@ -386,4 +386,6 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         raise ConfigError(f"{path} = {value!r}: must be of type {hint.__name__}")
     if hint is float and not math.isfinite(value):
         raise ConfigError(f"{path} = {value!r}: must be finite")
+    if hint is int and abs(value) >= 2**31:
+        raise ConfigError(f"{path} = {value!r}: must be an int of 32 bits")
     return value

@@ -69,6 +69,11 @@ def test_wrong_flags(arguments, message):
         ("training.steps", "abc", "config.training.steps=abc"),
         ("training.steps", "1.5", "config.training.steps=1.5"),
         ("training.steps", "-1", "config.training.steps = -1: must be positive"),
+        (
+            "training.steps",
+            "2147483648",
+            "config.training.steps = 2147483648: must be an int of 32",
+        ),
         ("data.batch_size", "0", "config.data.batch_size = 0: must be positive"),
         ("optimizer.learning_rate", "nan", "config.optimizer.learning_rate = nan: must be finite"),
         ("optimizer.learning_rate", "inf", "config.optimizer.learning_rate = inf: must be finite"),
