@@ -72,7 +72,7 @@ def test_wrong_flags(arguments, message):
         (
             "training.steps",
             "2147483648",
-            "config.training.steps = 2147483648: must be an int of 32",
+            "config.training.steps = 2147483648: must be an int",
         ),
         ("data.batch_size", "0", "config.data.batch_size = 0: must be positive"),
         ("optimizer.learning_rate", "nan", "config.optimizer.learning_rate = nan: must be finite"),
