@@ -18,9 +18,7 @@ LENGTH = 86
 
 
 class GradientsTest(parameterized.TestCase):
-    @parameterized.parameters(
-        "sliding", "local", "global", "nsa", "nsa_paper", "nsa_paper_shared_mean"
-    )
+    @parameterized.parameters("local", "global", "nsa", "nsa_shared", "nsa_paper")
     def test_equal_finite_differences(self, name):
         """The choice of blocks does not change within the difference."""
         case = layer_case(name)

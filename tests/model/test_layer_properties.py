@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
+from asa_jax.config import LAYER_KINDS
 from tests.model.layer_cases import NAMES, SPARSE, LayerCase, inputs, layer_case, one_document, run
 
 # One shape for all tests, so that a layer is compiled once. Seven whole blocks and a part of one:
@@ -59,7 +60,9 @@ class LayerPropertiesTest(parameterized.TestCase):
                 packed = outputs[row, start : start + length]
                 chex.assert_trees_all_close(packed, separate, atol=1e-5)
 
-    @parameterized.product(name=NAMES, length=(1, 18))
+    @parameterized.parameters(
+        *((name, 18) for name in NAMES), *((kind, 1) for kind in LAYER_KINDS), ("nsa_paper", 1)
+    )
     def test_any_length(self, name, length):
         case = layer_case(name)
         x = inputs(case, BATCH, LENGTH)
@@ -96,7 +99,7 @@ class FirstBlockTest(parameterized.TestCase):
         chex.assert_trees_all_equal(difference[:, :first], np.zeros((BATCH, first)))
         self.assertGreater(difference[:, first].min(), 1e-4)
 
-    @parameterized.parameters("global", "nsa", "nsa_mlp")
+    @parameterized.parameters("global", "nsa")
     def test_gradients_without_any_block_are_finite(self, name):
         """A row of 7 tokens: there is not one compressed key."""
         case = layer_case(name)

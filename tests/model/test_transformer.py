@@ -30,6 +30,9 @@ def _config(**overrides):
 
 @functools.cache
 def _params(cfg):
+    """Weights; those of a model with scan are the stacked ones of the model without."""
+    if cfg.scan_layers:
+        return _stack(_params(dataclasses.replace(cfg, scan_layers=False)))
     return random_params(abstract_model(cfg)[1], cfg.init_stddev)
 
 
@@ -50,6 +53,11 @@ def _loss(cfg, params, batch):
 
 
 @functools.cache
+def _jitted_logits(cfg):
+    return jax.jit(functools.partial(_logits, cfg))
+
+
+@functools.cache
 def _loss_and_gradients(cfg):
     return jax.jit(jax.value_and_grad(functools.partial(_loss, cfg)))(_params(cfg), _batch(cfg))
 
@@ -61,21 +69,12 @@ def _stack(params):
 
 
 class ScanAndRematTest(parameterized.TestCase):
-    @parameterized.parameters("none", "full")
-    def test_scan_gives_the_same_loss_and_gradients(self, remat):
-        cfg = _config(scan_layers=True, remat=remat)
+    @parameterized.parameters("none", "dots", "full")
+    def test_scanned_and_rematerialised_layers_give_the_same_loss_and_gradients(self, remat):
         loss, gradients = _loss_and_gradients(_config())
-        scanned = jax.jit(jax.value_and_grad(functools.partial(_loss, cfg)))(
-            _stack(_params(_config())), _batch(cfg)
-        )
-        chex.assert_trees_all_close(scanned, (loss, _stack(gradients)), rtol=1e-4, atol=1e-6)
-
-    @parameterized.parameters("dots", "full")
-    def test_rematerialisation_gives_the_same_loss_and_gradients(self, remat):
-        chex.assert_trees_all_close(
-            _loss_and_gradients(_config(remat=remat)), _loss_and_gradients(_config()),
-            rtol=1e-4, atol=1e-6,
-        )  # fmt: skip
+        cfg = _config(scan_layers=True, remat=remat)
+        result = _loss_and_gradients(cfg)
+        chex.assert_trees_all_close(result, (loss, _stack(gradients)), rtol=1e-4, atol=1e-6)
 
     def test_rematerialisation_keeps_less(self):
         """What the backward pass holds: everything, matmul results, layer inputs."""
@@ -124,7 +123,7 @@ class ModelTest(chex.TestCase):
         chex.assert_trees_all_close(mean_square, np.ones((BATCH, LENGTH)), rtol=1e-3)
 
     def test_traced_once(self):
-        cfg = _config()
+        cfg = _config(scan_layers=True)
         chex.clear_trace_counter()
 
         @jax.jit
@@ -140,8 +139,8 @@ class ModelTest(chex.TestCase):
             loss(params, _batch(cfg, LENGTH + 1))
 
     def test_no_token_sees_the_future(self):
-        cfg = _config()
-        logits = jax.jit(functools.partial(_logits, cfg))
+        cfg = _config(scan_layers=True)
+        logits = _jitted_logits(cfg)
         tokens, positions, segment_ids = _batch(cfg)
         other = np.where(positions < 21, tokens, (tokens + 1) % cfg.vocab_size)
         outputs = [
@@ -152,11 +151,11 @@ class ModelTest(chex.TestCase):
 
     def test_bfloat16_is_close_to_float32(self):
         """Parameters stay float32; their gradients arrive in float32."""
-        cfg = _config()
-        half = _config(compute_dtype="bfloat16")
+        cfg = _config(scan_layers=True)
+        half = _config(scan_layers=True, compute_dtype="bfloat16")
         params, batch = _params(cfg), _batch(cfg)
-        exact = jax.jit(functools.partial(_logits, cfg))(params, batch)
-        logits = jax.jit(functools.partial(_logits, half))(params, batch)
+        exact = _jitted_logits(cfg)(params, batch)
+        logits = _jitted_logits(half)(params, batch)
         error = jnp.sqrt(jnp.mean((logits - exact) ** 2) / jnp.mean(exact**2))
         self.assertBetween(float(error), 1e-4, 5e-2)
         gradients = jax.eval_shape(jax.grad(functools.partial(_loss, half)), params, batch)
