@@ -38,6 +38,7 @@ from asa_jax.training.run_directory import CHECKPOINTS
 from asa_jax.training.run_log import RunLog, bits_per_byte
 from asa_jax.training.signals import StopSignals
 from asa_jax.training.step import Trainer, TrainState, make_trainer
+from pallas_kernels import dispatch
 
 SAMPLE_PROMPT, SAMPLE_TOKENS = "The ", 60
 
@@ -89,6 +90,7 @@ def train(
             f"{'resumes after' if start else 'starts at'} step {start} of {config.steps}: "
             f"{num_params:,} parameters on {jax.device_count()} {jax.devices()[0].device_kind}"
         )
+        log.print(dispatch.describe(None))
         for step in range(start + 1, config.steps + 1):
             profile.before(step)
             batch, waited = feed.next()
