@@ -10,7 +10,7 @@ from flax import nnx
 
 from asa_jax.config import ModelConfig
 from asa_jax.model.transformer import make_attention
-from tests.models import tiny_model_config
+from tests.models import random_params, tiny_model_config
 
 # The sizes of the NSA paper, divided by 4: blocks overlap and do not coincide with selected ones.
 PAPER_BLOCKS = {
@@ -59,21 +59,13 @@ def make_case(kind: str, **overrides: Any) -> LayerCase:
     """An attention layer whose weights are a nested dict."""
     cfg = tiny_model_config((kind,), **overrides)
     layer = nnx.eval_shape(lambda: make_attention(kind, cfg, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(layer)
+    graphdef, _ = nnx.split(layer)
+    params = random_params(cfg)["groups"][0]["layers"][0]["attention"]
 
     def apply(params: Any, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params)(x, positions, segment_ids)
 
-    return LayerCase(cfg, jax.jit(apply), random_params(nnx.to_pure_dict(state), cfg.init_stddev))
-
-
-def random_params(shapes: Any, stddev: float) -> Any:
-    """Normal weights, and norm scales near 1, drawn by numpy: nothing is compiled for them."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: (stddev * rng.normal(size=leaf.shape) + (leaf.ndim == 1)).astype(leaf.dtype),
-        shapes,
-    )
+    return LayerCase(cfg, jax.jit(apply), params)
 
 
 def inputs(case: LayerCase, batch: int, length: int, seed: int = 1) -> np.ndarray:

@@ -16,8 +16,8 @@ from flax import nnx
 from asa_jax.config import MeshConfig, ModelConfig
 from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
-from tests.model.layer_cases import one_document, random_params
-from tests.models import tiny_model_config
+from tests.model.layer_cases import one_document
+from tests.models import random_params, tiny_model_config
 
 BATCH, LENGTH = 8, 64
 
@@ -34,7 +34,7 @@ def compare(kinds: tuple[str, ...], sizes: list[int]) -> dict[str, float]:
     cfg = tiny_model_config(kinds, scan_layers=True)
     mesh = make_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True))))
     graphdef, shapes, axes = abstract_model(cfg)
-    params = random_params(shapes, cfg.init_stddev)
+    params = random_params(cfg)
     shardings = param_shardings(mesh, axes, shapes)
     with jax.set_mesh(mesh):
         step = jax.jit(
@@ -57,8 +57,8 @@ def compare(kinds: tuple[str, ...], sizes: list[int]) -> dict[str, float]:
 @functools.cache
 def single_device(cfg: ModelConfig) -> tuple[float, dict]:
     """Loss and gradients without a mesh."""
-    graphdef, shapes, _ = abstract_model(cfg)
-    params = random_params(shapes, cfg.init_stddev)
+    graphdef, _, _ = abstract_model(cfg)
+    params = random_params(cfg)
     loss, gradients = jax.jit(functools.partial(loss_and_gradients, graphdef))(
         params, make_batch(cfg)
     )

@@ -16,8 +16,8 @@ from asa_jax.model.transformer import (
     init_params,
     shortest_period,
 )
-from tests.model.layer_cases import one_document, random_params
-from tests.models import tiny_model_config
+from tests.model.layer_cases import one_document
+from tests.models import random_params, tiny_model_config
 
 ASA = ("local", "global") * 2
 BATCH, LENGTH = 2, 40
@@ -33,7 +33,7 @@ def _params(cfg):
     """Weights; those of a model with scan are the stacked ones of the model without."""
     if cfg.scan_layers:
         return _stack(_params(dataclasses.replace(cfg, scan_layers=False)))
-    return random_params(abstract_model(cfg)[1], cfg.init_stddev)
+    return random_params(cfg)
 
 
 def _batch(cfg, length=LENGTH):
