@@ -21,8 +21,6 @@ EVALUATION_TASKS = (
     "perplexity", "single_noise", "single_text", "single_uuid", "multi_key", "multi_value",
     "multi_query", "variable_tracking", "frequent_words", "associative_recall", "key_value",
 )  # fmt: skip
-# Random generators take 32 bits; a larger seed would be refused or cut.
-MAX_SEED = 2**32 - 1
 # Rotary positions have no end; beyond this a length is a slip of the keyboard.
 MAX_EVALUATION_TOKENS = 2**20
 
@@ -47,10 +45,6 @@ def _require_positive(section: str, obj: Any, *names: str) -> None:
     for name in names:
         value = getattr(obj, name)
         require(value > 0, f"{section}.{name}", value, "positive")
-
-
-def _require_seed(section: str, value: int) -> None:
-    require(0 <= value <= MAX_SEED, f"{section}.seed", value, f"from 0 to {MAX_SEED}")
 
 
 def _require_multiple(section: str, obj: Any, name: str, divisor: str) -> None:
@@ -186,7 +180,7 @@ class DataConfig:
         )  # fmt: skip
         require(all(w > 0 for w in self.weights), "data.weights", self.weights, "positive")
         _require_positive("data", self, "sequence_length", "batch_size")
-        _require_seed("data", self.seed)
+        _require_range("data", self, 0, "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,9 +241,8 @@ class TrainingConfig:
         # One step is always complete while another is being written or deleted.
         _require_range("training", self, 2, "keep_checkpoints")
         _require_range(
-            "training", self, 0, "eval_every_steps", "profile_start_step", "profile_steps"
+            "training", self, 0, "seed", "eval_every_steps", "profile_start_step", "profile_steps"
         )
-        _require_seed("training", self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,7 +284,7 @@ class EvaluationConfig:
             "evaluation", self, "samples", "batch_tokens", "perplexity_tokens",
             "position_bucket_tokens",
         )  # fmt: skip
-        _require_seed("evaluation", self.seed)
+        _require_range("evaluation", self, 0, "seed")
         for task in self.tasks:
             _require_choice("evaluation", "tasks", task, EVALUATION_TASKS)
         require(bool(self.lengths), "evaluation.lengths", self.lengths, "at least one length")
