@@ -32,10 +32,10 @@ train: setup tokens
 	@$(PYTHON) train.py --config=configs/tiny.py --workdir=$(TINY_RUN)
 
 test: setup
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -n auto --dist loadfile
 
 test-fast: setup
-	@$(PYTHON) -m pytest -m 'not slow'
+	@$(PYTHON) -m pytest -n auto --dist loadfile -m 'not slow'
 
 check: setup
 	@$(PYTHON) -m ruff check .

@@ -1,1 +1,1 @@
-"""Alternating Sparse Attention (ASA) language models: model, data, training, decoding, evaluation."""
+"""Alternating Sparse Attention (ASA) language models, from data to evaluation."""

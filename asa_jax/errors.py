@@ -1,8 +1,8 @@
-"""Errors a user can cause and put right, each one line that names the field or file and what to do."""
+"""Errors that a user can cause, each one line that names the field or file and what to do."""
 
 
 class UserError(Exception):
-    """An error caused by the user's input; commands print its single line and exit with `exit_code`."""
+    """An error caused by the input; commands print its single line and exit with `exit_code`."""
 
     exit_code = 1
 

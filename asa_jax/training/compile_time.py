@@ -1,0 +1,60 @@
+"""Times the compilation of a training step, without running it.
+
+python -m asa_jax.training.compile_time --config=configs/asa_340m.py \\
+    --config.model.scan_layers=False --config.data.batch_size=1
+"""
+
+from asa_jax.config import Config
+from asa_jax.flags import exit_on_error, parse_config_flag, run_command
+
+if __name__ == "__main__":
+    CONFIG = exit_on_error(parse_config_flag)
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from asa_jax.sharding import make_mesh
+from asa_jax.training.step import make_trainer
+
+
+def compile_time(config: Config) -> dict[str, float]:
+    """Lowers and compiles the step of a run on shapes alone.
+
+    Args:
+        config: the run; its mesh must fit the devices.
+
+    Returns:
+        lower_seconds and compile_seconds of wall time, temporary_bytes of one device.
+    """
+    mesh = make_mesh(config.mesh)
+    shape = (config.data.batch_size, config.data.sequence_length)
+    names = ("inputs", "targets", "positions", "segment_ids")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    with jax.set_mesh(mesh):
+        trainer = make_trainer(config, mesh, np.ones(config.model.vocab_size, np.int32))
+        start = time.monotonic()
+        lowered = trainer.step.lower(trainer.state, batch)  # type: ignore[attr-defined]
+        middle = time.monotonic()
+        compiled = lowered.compile()
+        end = time.monotonic()
+    return {
+        "lower_seconds": middle - start,
+        "compile_seconds": end - middle,
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def main(config: Config) -> None:
+    """Prints what `compile_time` measures."""
+    times = compile_time(config)
+    print(
+        f"lower {times['lower_seconds']:.1f} s  compile {times['compile_seconds']:.1f} s  "
+        f"temporaries {times['temporary_bytes'] / 2**20:,.0f} MiB on {jax.devices()[0].device_kind}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(CONFIG))
