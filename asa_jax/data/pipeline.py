@@ -13,8 +13,6 @@ A batch is a dict of int32 arrays [B, T] (B rows of this process):
     positions         0, 1, ... within a piece, 0 in padding
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +24,6 @@ from asa_jax.errors import ConfigError
 
 Batch = dict[str, np.ndarray]
 
-PIPELINE_VERSION = 1  # goes up whenever the same settings give other batches
 # Rows packed at a time: more waste less padding, but are read again on resume and held in memory.
 _PACKED_ROWS = 32
 _PACKED_TOKENS = 2**21
@@ -227,38 +224,3 @@ def validation_batches(
     pieces = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
     rows = _rows(pieces, sequence_length=sequence_length, alignment=alignment, seed=None)
     return iter(rows.batch(batch_size, batch_fn=_Stack(batch_size, process_index, process_count)))
-
-
-def fingerprint(
-    folders: Sequence[TokenFolder],
-    *,
-    weights: Sequence[float],
-    sequence_length: int,
-    batch_size: int,
-    alignment: int,
-    seed: int,
-) -> dict[str, Any]:
-    """What decides the order and content of training batches; a state belongs to one fingerprint.
-
-    Args:
-        folders: as for `TrainIterator`.
-        weights: as for `TrainIterator`.
-        sequence_length: as for `TrainIterator`.
-        batch_size: as for `TrainIterator`.
-        alignment: as for `TrainIterator`.
-        seed: as for `TrainIterator`.
-
-    Returns:
-        A flat JSON-able dict, to compare field by field; paths are not in it.
-    """
-    shards = [[s.tokens_sha256 for s in f.shards if s.split == "train"] for f in folders]
-    return {
-        "pipeline_version": PIPELINE_VERSION,
-        "sources": [hashlib.sha256(json.dumps(names).encode()).hexdigest() for names in shards],
-        "tokenizers": [folder.tokenizer_fingerprint for folder in folders],
-        "weights": [float(weight) for weight in weights],
-        "sequence_length": sequence_length,
-        "batch_size": batch_size,
-        "alignment": alignment,
-        "seed": seed,
-    }

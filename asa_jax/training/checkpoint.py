@@ -27,7 +27,12 @@ from asa_jax.flags import PROJECT
 from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import param_shardings
 from asa_jax.training.digest import verify_digest
-from asa_jax.training.run_directory import CHECKPOINTS, config_changes, refuse_changes
+from asa_jax.training.run_directory import (
+    CHECKPOINTS,
+    config_changes,
+    fingerprint_changes,
+    refuse_changes,
+)
 from asa_jax.training.step import TrainState, with_shardings
 
 FORMAT_VERSION = 1
@@ -102,7 +107,7 @@ def restore_state(
 
     def load(folder: Path, saved: dict[str, Any]) -> Restored:
         changes = config_changes(saved["config"], meta["config"])
-        data_changes = _fingerprint_changes(saved["data_fingerprint"], meta["data_fingerprint"])
+        data_changes = fingerprint_changes(saved["data_fingerprint"], meta["data_fingerprint"])
         if not allow_changes:
             refuse_changes(workdir, changes + data_changes)
         for change in changes + data_changes:
@@ -228,14 +233,6 @@ def _check_arrays(
                 raise CheckpointError(
                     f"{folder}: {item}{name} is {there} there and {here} in this run's model"
                 )
-
-
-def _fingerprint_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [
-        f"config.data: {name} was {before.get(name)!r}, is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
 
 
 def _unused(path: Path) -> Path:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from asa_jax.config import config_from_dict
 from asa_jax.errors import DataError, UserError
-from asa_jax.model.transformer import count_params
+from asa_jax.model.transformer import count_params, shortest_period
 from asa_jax.training.metrics import METRICS, read_metrics
 from asa_jax.training.run_directory import CONFIG
 
@@ -40,7 +40,7 @@ def summarise(workdir: Path) -> dict[str, Any]:
         workdir: a run directory.
 
     Returns:
-        Name, layer kinds, parameters, the last evaluation, the median rate in tokens a second, the
+        Name, layers, parameters, the last evaluation, the median rate in tokens a second, the
         sum of step times in seconds, and the curves of training and validation loss.
 
     Raises:
@@ -52,9 +52,10 @@ def summarise(workdir: Path) -> dict[str, Any]:
     if not steps or not evaluations:
         raise DataError(f"{workdir / METRICS}: holds no training steps with an evaluation")
     config = config_from_dict(json.loads((workdir / CONFIG).read_text()))
+    period = shortest_period(config.model.layer_kinds)
     return {
         "run": workdir.resolve().name,
-        "layer_kinds": config.model.layer_kinds,
+        "layers": f"{config.model.num_layers // len(period)} x {' '.join(period)}",
         "parameters": count_params(config.model),
         "steps": steps[-1]["step"],
         "tokens": sum(line["tokens"] for line in steps),
@@ -95,11 +96,14 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
         table.add_column(heading, justify="left" if heading in ("run", "layers") else "right")
     for run in runs:
         table.add_row(
-            run["run"], " ".join(run["layer_kinds"]), f"{run['parameters']:,}", str(run["steps"]),
+            run["run"], run["layers"], f"{run['parameters']:,}", str(run["steps"]),
             f"{run['validation_loss']:.4f}", f"{run['validation_bits_per_byte']:.4f}",
             f"{run['tokens_per_second']:,.0f}", f"{run['step_seconds']:.0f}",
         )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # rich takes 80, and would cut the numbers
+    console.print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from asa_jax.config import Config
-from asa_jax.data.pipeline import TrainIterator, fingerprint, validation_batches
+from asa_jax.data.pipeline import TrainIterator, validation_batches
 from asa_jax.data.shards import TokenFolder
 from asa_jax.sharding import batch_sharding
+from asa_jax.training.run_directory import run_fingerprint
 from asa_jax.training.step import Batch
 
 
@@ -47,7 +48,7 @@ class Feed:
             "process_index": jax.process_index(), "process_count": jax.process_count()
         }  # fmt: skip
         order = self._rows | {"weights": config.data.weights, "seed": config.data.seed}
-        self.fingerprint = fingerprint(sources, **order)
+        self.fingerprint = run_fingerprint(config, sources)
         self.train = TrainIterator(sources, **order, **self._processes)
 
     def __enter__(self) -> Self:

@@ -1,6 +1,7 @@
 """A run before any array exists: its sources, its directory, whether it may go on with a config.
 
     config.json      the configuration of the last start
+    data.json        the fingerprint of its data
     train.lock       held by the trainer at work
     checkpoints/     one folder a step
     metrics.jsonl    one line a step; also tensorboard/ and loss.png
@@ -14,19 +15,21 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from absl import flags
 
 from asa_jax.config import Config, config_to_dict
+from asa_jax.data.fingerprint import fingerprint
 from asa_jax.data.shards import TOKENIZER, TokenFolder, check_vocabulary, open_token_folder
 from asa_jax.data.tokenizer import BYTES
 from asa_jax.errors import CheckpointError, ConfigError
 from asa_jax.flags import parse_run_flags
 
 CONFIG = "config.json"
+DATA = "data.json"
 CHECKPOINTS = "checkpoints"
 LOCK = "train.lock"
 
@@ -72,6 +75,7 @@ def start_run() -> Run:
     config, workdir = parse_run_flags()
     sources = open_sources(config)
     lock = open_run(workdir, config, allow_changes=allow.value)
+    claim_data(workdir, run_fingerprint(config, sources), allow_changes=allow.value)
     tokenizer = sources[0].path / TOKENIZER
     if sources[0].tokenizer_fingerprint != BYTES:
         shutil.copyfile(tokenizer, workdir / TOKENIZER)
@@ -114,13 +118,51 @@ def open_run(workdir: Path, config: Config, *, allow_changes: bool) -> TextIO:
     (workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     lock = _lock(workdir / LOCK)
     values = config_to_dict(config)
-    started = _read_config(workdir / CONFIG)
+    started = _read_json(workdir / CONFIG)
     if started and any((workdir / CHECKPOINTS).iterdir()) and not allow_changes:
         refuse_changes(workdir, config_changes(started, values))
-    temporary = workdir / f".{CONFIG}"
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(workdir / CONFIG)
+    _write_json(workdir / CONFIG, values)
     return lock
+
+
+def run_fingerprint(config: Config, sources: Sequence[TokenFolder]) -> dict[str, Any]:
+    """The fingerprint of the batches that a run trains on."""
+    return fingerprint(
+        sources,
+        weights=config.data.weights,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+        alignment=config.model.alignment,
+        seed=config.data.seed,
+    )
+
+
+def claim_data(workdir: Path, now: Mapping[str, Any], *, allow_changes: bool) -> None:
+    """Refuses other data than the run was started with; writes data.json.
+
+    The checkpoint holds the fingerprint too and decides; this tells before jax is imported.
+
+    Args:
+        workdir: the run directory.
+        now: of `run_fingerprint`.
+        allow_changes: go on with other data.
+
+    Raises:
+        ConfigError: the run has checkpoints of other data.
+    """
+    before = _read_json(workdir / DATA)
+    if before and any((workdir / CHECKPOINTS).iterdir()) and not allow_changes:
+        refuse_changes(workdir, fingerprint_changes(before, now))
+    _write_json(workdir / DATA, now)
+
+
+def fingerprint_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Compares fingerprints of data; returns a line for each difference."""
+    return [
+        f"config.data: {name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
 
 
 def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -160,11 +202,17 @@ def _lock(path: Path) -> TextIO:
     return lock
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError):
-        return None  # the configuration in the checkpoint decides
+        return None  # the checkpoint decides
     return values if isinstance(values, dict) else None
 
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asa_jax.data.fingerprint import fingerprint
 from asa_jax.data.pipeline import (
     Batch,
     Pieces,
     TrainIterator,
-    fingerprint,
     validation_batches,
 )
 from asa_jax.data.shards import TokenFolder

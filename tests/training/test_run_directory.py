@@ -12,7 +12,7 @@ import pytest
 from asa_jax.config import config_to_dict
 from asa_jax.errors import CheckpointError, ConfigError
 from asa_jax.flags import PROJECT
-from asa_jax.training.run_directory import config_changes, open_run, open_sources
+from asa_jax.training.run_directory import claim_data, config_changes, open_run, open_sources
 
 
 def _open(workdir, config, allow_changes=False):
@@ -110,3 +110,19 @@ def test_a_refusal_needs_no_jax(begun):
     """The imports of train.py up to its refusals."""
     code = "import asa_jax.training.run_directory, sys; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT).returncode == 0
+
+
+def test_other_data_is_refused_before_jax_is_imported(begun):
+    was = {"sources": ["a"], "seed": 0}
+    claim_data(begun, was, allow_changes=False)
+    with pytest.raises(ConfigError, match=r"config\.data: sources was \['a'\], is \['b'\]"):
+        claim_data(begun, was | {"sources": ["b"]}, allow_changes=False)
+    claim_data(begun, was, allow_changes=False)
+    claim_data(begun, was | {"sources": ["b"]}, allow_changes=True)
+
+
+def test_data_may_change_before_the_first_checkpoint(tmp_path, make_config):
+    _open(tmp_path, make_config()).close()
+    claim_data(tmp_path, {"seed": 0}, allow_changes=False)
+    claim_data(tmp_path, {"seed": 1}, allow_changes=False)
+    assert json.loads((tmp_path / "data.json").read_text()) == {"seed": 1}
