@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         print(prepare(options))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(f"{options.output}: stopped; run the same command again to go on", file=sys.stderr)

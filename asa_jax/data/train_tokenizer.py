@@ -77,5 +77,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

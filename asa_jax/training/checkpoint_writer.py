@@ -36,6 +36,8 @@ class CheckpointWriter:
         """
         self._directory = (workdir / CHECKPOINTS).resolve()
         self._state_bytes = 0
+        # Of a failed save orbax raises one error; its other tasks would print theirs later.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         for folder in self._directory.iterdir():
             if folder.name.isdecimal() and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()  # orbax would take it for a saved step
