@@ -19,7 +19,9 @@ if __name__ == "__main__":
     RUN = exit_on_error(start_run)
 
 import contextlib
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -135,12 +137,15 @@ def sample(run: Run, params: Any, mesh: Mesh) -> str:
 def report(run: Run) -> None:
     """Says where everything is and what to do next."""
     places = (CHECKPOINTS, METRICS, TENSORBOARD, PLOT)
+    python = Path(sys.executable)  # a plain `python` may be another one
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
     lines = [
         f"finished: {run.config.training.steps} steps",
         *(f"  {name:<14} {run.workdir / name}" for name in places),
         "next:",
-        f"  python eval.py --workdir={run.workdir}",
-        f"  python generate.py --workdir={run.workdir} --prompt='The '",
+        f"  {python} eval.py --workdir={run.workdir}",
+        f"  {python} generate.py --workdir={run.workdir} --prompt='The '",
     ]
     # Whether anyone still reads makes no difference to a finished run.
     with contextlib.suppress(BrokenPipeError):
