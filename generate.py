@@ -23,6 +23,7 @@ import sys
 from asa_jax.decoding.generate import Generator
 from asa_jax.training.checkpoint import restore_params
 from asa_jax.training.compilation_cache import use_compilation_cache
+from pallas_kernels import dispatch
 
 SHOWN_CHARACTERS = 300
 
@@ -38,6 +39,7 @@ def main(options: Options) -> None:
         seed=options.seed,
     )
     print(f"{options.workdir}, step {step}", file=sys.stderr)
+    print(dispatch.describe(config.model.implementation), file=sys.stderr)
     show_prompt(options.prompt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8

@@ -92,7 +92,7 @@ def train(
             f"{'resumes after' if start else 'starts at'} step {start} of {config.steps}: "
             f"{num_params:,} parameters on {jax.device_count()} {jax.devices()[0].device_kind}"
         )
-        log.print(dispatch.describe(None))
+        log.print(dispatch.describe(run.config.model.implementation))
         for step in range(start + 1, config.steps + 1):
             profile.before(step)
             batch, waited = feed.next()

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from asa_jax.errors import ConfigError
 
@@ -93,6 +93,8 @@ class ModelConfig:
     init_stddev: float
     tie_embeddings: bool
     compute_dtype: str
+    # auto: kernels where the hardware has them; xla: never
+    attention_implementation: str
     remat: str
     scan_layers: bool
 
@@ -122,6 +124,9 @@ class ModelConfig:
         _require_choice("model", "nsa_compression", self.nsa_compression, ("mean", "mlp"))
         _require_choice("model", "compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         _require_choice("model", "remat", self.remat, ("none", "dots", "full"))
+        _require_choice(
+            "model", "attention_implementation", self.attention_implementation, ("auto", "xla")
+        )
         _require_multiple("model", self, "num_heads", "num_kv_heads")
         _require_multiple("model", self, "num_heads", "num_latent_groups")
         for name in ("head_dim", "qk_rope_head_dim"):
@@ -155,6 +160,11 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layer_kinds)
+
+    @property
+    def implementation(self) -> Literal["xla"] | None:
+        """What `pallas_kernels` are asked for; None: the kernel where there is one."""
+        return "xla" if self.attention_implementation == "xla" else None
 
     @property
     def alignment(self) -> int:

@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
                 "init_stddev": 0.02,
                 "tie_embeddings": False,
                 "compute_dtype": "bfloat16",
+                "attention_implementation": "auto",
                 "remat": "full",
                 "scan_layers": True,
             },

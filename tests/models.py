@@ -46,6 +46,7 @@ def tiny_model_config(kinds: tuple[str, ...], **overrides: Any) -> ModelConfig:
             "num_selected_blocks": 4,
             "init_stddev": 0.2,
             "compute_dtype": "float32",
+            "attention_implementation": "auto",
             "remat": "none",
             "scan_layers": False,
             **overrides,

@@ -124,6 +124,7 @@ class WrongValueTest(parameterized.TestCase):
         ("model", "nsa_branches", ("window", "window")),
         ("model", "nsa_compression", "max"),
         ("model", "compute_dtype", "float16"),
+        ("model", "attention_implementation", "triton"),
         ("model", "remat", "some"),
         ("model", "num_heads", 18),
         ("model", "num_kv_heads", 5),

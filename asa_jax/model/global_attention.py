@@ -184,12 +184,14 @@ class GroupLatentAttention(nnx.Module):
         compressed, lse = compressed_attention(
             query, compressed_key, None, value_dim=rank, segment_ids=segment_ids, scale=self.scale,
             block_size=self.cfg.compression_block_size, stride=self.cfg.compression_stride,
+            implementation=self.cfg.implementation,
         )  # fmt: skip
         block_indices = self._select(query, compressed_key, lse, segment_ids)
         selected, _ = selected_attention(
             query, key, None, block_indices, value_dim=rank, segment_ids=segment_ids,
             block_size=self.cfg.selection_block_size, scale=self.scale,
             queries_per_selection=self.cfg.queries_per_selection,
+            implementation=self.cfg.implementation,
         )  # fmt: skip
         return _mix(gates, compressed, selected), block_indices
 
@@ -203,6 +205,7 @@ class GroupLatentAttention(nnx.Module):
             compression_block_size=self.cfg.compression_block_size,
             compression_stride=self.cfg.compression_stride,
             queries_per_selection=self.cfg.queries_per_selection,
+            implementation=self.cfg.implementation,
         )  # fmt: skip
 
     def _complete_block(self, cache: GlobalCache, position: jax.Array) -> GlobalCache:

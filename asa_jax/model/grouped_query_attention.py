@@ -95,6 +95,7 @@ class GroupedQueryAttention(nnx.Module):
             output = causal_attention(query, key, value, segment_ids)
         else:
             output, _ = sliding_window_attention(
-                query, key, value, window_size=self.window_size, segment_ids=segment_ids
-            )
+                query, key, value, window_size=self.window_size, segment_ids=segment_ids,
+                implementation=self.cfg.implementation,
+            )  # fmt: skip
         return self.output("BTNH,NHD->BTD", output)

@@ -158,6 +158,6 @@ class LatentAttention(nnx.Module):
             return causal_attention(query, key, value, segment_ids, self.scale)
         output, _ = sliding_window_attention(
             query, key, value, window_size=self.window_size, segment_ids=segment_ids,
-            scale=self.scale,
+            scale=self.scale, implementation=self.cfg.implementation,
         )  # fmt: skip
         return output

@@ -243,6 +243,7 @@ class NativeSparseAttention(nnx.Module):
             outputs["compression"], lse = compressed_attention(
                 query, *compressed, block_size=cfg.compression_block_size,
                 stride=cfg.compression_stride, segment_ids=segment_ids,
+                implementation=cfg.implementation,
             )  # fmt: skip
         if "selection" in pairs:
             block_indices = select_blocks(
@@ -252,16 +253,19 @@ class NativeSparseAttention(nnx.Module):
                 compression_block_size=cfg.compression_block_size,
                 compression_stride=cfg.compression_stride,
                 queries_per_selection=cfg.queries_per_selection,
+                implementation=cfg.implementation,
             )  # fmt: skip
             outputs["selection"], _ = selected_attention(
                 query, *pairs["selection"], block_indices, segment_ids=segment_ids,
                 block_size=cfg.selection_block_size,
                 queries_per_selection=cfg.queries_per_selection,
+                implementation=cfg.implementation,
             )  # fmt: skip
         if "window" in pairs:
             outputs["window"], _ = sliding_window_attention(
-                query, *pairs["window"], window_size=cfg.window_size, segment_ids=segment_ids
-            )
+                query, *pairs["window"], window_size=cfg.window_size, segment_ids=segment_ids,
+                implementation=cfg.implementation,
+            )  # fmt: skip
         return self._combine(x, outputs), block_indices
 
     def _combine(self, x: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:

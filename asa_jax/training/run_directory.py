@@ -38,9 +38,10 @@ LOCK = "train.lock"
 # checkpoint holds a fingerprint of their content.
 CHANGEABLE_SECTIONS = ("mesh", "evaluation")
 CHANGEABLE_FIELDS = (
-    "data.sources", "model.remat", "training.steps", "training.log_every_steps",
-    "training.eval_every_steps", "training.eval_batches", "training.checkpoint_every_steps",
-    "training.keep_checkpoints", "training.max_nonfinite_steps", "training.loss_chunk_tokens",
+    "data.sources", "model.remat", "model.attention_implementation", "training.steps",
+    "training.log_every_steps", "training.eval_every_steps", "training.eval_batches",
+    "training.checkpoint_every_steps", "training.keep_checkpoints",
+    "training.max_nonfinite_steps", "training.loss_chunk_tokens",
     "training.profile_start_step", "training.profile_steps",
 )  # fmt: skip
 

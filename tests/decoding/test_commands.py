@@ -48,7 +48,7 @@ def test_prints_what_generate_text_gives(generate, workdir, tmp_path):
     )  # fmt: skip
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors.decode()
-    assert errors.decode() == f"{workdir}, step 1\n"
+    assert errors.decode() == f"{workdir}, step 1\nattention: xla on cpu\n"
     config, params, _ = restore_params(workdir, step=1)
     want = generate_text(
         config, params, ByteTokenizer(), "It is a truth\n", max_tokens=30, seed=3,
@@ -65,7 +65,7 @@ def test_closed_pipe_is_no_error_to_tell(generate, workdir):
     errors = process.stderr.read().decode()
     process.stderr.close()
     assert process.wait(timeout=120) == 1
-    assert errors == f"{workdir}, step 2\n"
+    assert errors == f"{workdir}, step 2\nattention: xla on cpu\n"
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def test_a_changed_field_is_refused_by_name(begun, make_config, field, value):
         ("data.sources", ("moved",)),
         ("evaluation.seed", 1),
         ("model.remat", "full"),
+        ("model.attention_implementation", "xla"),
     ],
 )
 def test_a_field_that_does_not_change_the_next_step_may_change(begun, make_config, field, value):
