@@ -38,7 +38,12 @@ class Measurement:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            env={
+                **os.environ,
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+                # There is no matrix product outside the kernels, and tuning takes minutes.
+                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0",
+            },
         )
 
     def wait_until_compiled(self, deadline: float) -> None:
@@ -183,7 +188,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     ops = sorted({row.op for row in ROWS})
     parser = argparse.ArgumentParser(prog="pallas_kernels.benchmark", description=__doc__)
     parser.add_argument("--ops", help=f"of {','.join(ops)}; all by default")
-    parser.add_argument("--lengths", default="8192,32768,65536", help="tokens of a row")
+    parser.add_argument("--lengths", default="4096,8192,32768,65536", help="tokens of a row")
     parser.add_argument("--output", type=Path, help="directory for the table, JSON and chart")
     parser.add_argument("--timeout_seconds", type=float, default=120, help="of a row")
     options = parser.parse_args(arguments)

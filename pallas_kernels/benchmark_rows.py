@@ -5,6 +5,7 @@ its input, and then prints a measurement a line, all as JSON. See `benchmark`, w
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -49,6 +50,38 @@ DENSE = Case("16/4 x 64", 0, num_heads=16, num_kv_heads=4, head_dim=64, value_di
 Shapes = dict[str, tuple[int, ...]]
 
 
+def random_lists(case: Case, share_half: bool = False) -> jax.Array:
+    """Lists of the first, the own and the previous block and of random ones between.
+
+    Args:
+      case: Sizes.
+      share_half: Whether the queries of a block have every other random entry in common, as
+        neighbours of a trained model have many; else their lists hardly overlap.
+
+    Returns:
+      int32 [1, M, K, L], ascending, -1 where there are fewer blocks.
+    """
+    num_groups = case.num_tokens // case.queries_per_selection
+    size = case.num_selected_blocks
+    group = jnp.arange(num_groups, dtype=jnp.int32)[:, None, None]
+    own = group * case.queries_per_selection // case.block_size
+    ends = (own - 2) * jnp.arange(size - 2) // (size - 3) + 1  # one random block between each two
+    widths = jnp.maximum(ends[..., 1:] - ends[..., :-1], 1)
+    shape = (num_groups, case.num_kv_heads, size - 3)
+    draws = jax.random.randint(jax.random.key(1), shape, 0, 2**30)
+    if share_half:
+        groups_of_block = case.block_size // case.queries_per_selection
+        of_first = draws[jnp.arange(num_groups) // groups_of_block * groups_of_block]
+        draws = jnp.where(jnp.arange(size - 3) % 2, draws, of_first)
+    between = ends[..., :-1] + draws % widths
+    given = jnp.concatenate([0 * own, own - 1, own], axis=-1)
+    given = jnp.broadcast_to(given, (*shape[:2], 3))
+    lists = jnp.concatenate([given[..., :1], between, given[..., 1:]], axis=-1)
+    every = jnp.arange(size, dtype=jnp.int32)
+    every = jnp.where(every <= own, every, -1)
+    return jnp.where(own < size, every, lists)[None].astype(jnp.int32)
+
+
 class Work(NamedTuple):
     """What a call cannot do without: operations, and bytes from L2 and from memory."""
 
@@ -77,6 +110,7 @@ class Row:
       function: Takes a case, these arrays and lists of blocks.
       work: Of a forward pass, or with the backward one.
       targets: Milliseconds (forward, forward and backward) by number of tokens.
+      lists: Draws the lists of blocks of a case.
     """
 
     name: str
@@ -86,6 +120,7 @@ class Row:
     function: Callable[..., Any]
     work: Callable[[Case, bool], list[Work]]
     targets: dict[int, tuple[float | None, float | None]]
+    lists: Callable[[Case], jax.Array] = random_lists
 
     @property
     def has_backward(self) -> bool:
@@ -128,24 +163,6 @@ def pair_shapes(case: Case) -> Shapes:
 def with_length(case: Case, other: Case) -> Case:
     """The case with the number of tokens of another."""
     return dataclasses.replace(case, num_tokens=other.num_tokens)
-
-
-def random_lists(case: Case) -> jax.Array:
-    """Lists of the first, the own and the previous block and of random ones: hardly any overlap."""
-    num_groups = case.num_tokens // case.queries_per_selection
-    size = case.num_selected_blocks
-    group = jnp.arange(num_groups, dtype=jnp.int32)[:, None, None]
-    own = group * case.queries_per_selection // case.block_size
-    ends = (own - 2) * jnp.arange(size - 2) // (size - 3) + 1  # one random block between each two
-    widths = jnp.maximum(ends[..., 1:] - ends[..., :-1], 1)
-    shape = (num_groups, case.num_kv_heads, size - 3)
-    between = ends[..., :-1] + jax.random.randint(jax.random.key(1), shape, 0, 2**30) % widths
-    given = jnp.concatenate([0 * own, own - 1, own], axis=-1)
-    given = jnp.broadcast_to(given, (*shape[:2], 3))
-    lists = jnp.concatenate([given[..., :1], between, given[..., 1:]], axis=-1)
-    every = jnp.arange(size, dtype=jnp.int32)
-    every = jnp.where(every <= own, every, -1)
-    return jnp.where(own < size, every, lists)[None].astype(jnp.int32)
 
 
 def window_row(case: Case, arrays: dict[str, jax.Array], _: jax.Array) -> Any:
@@ -271,6 +288,7 @@ def _targets(*values: tuple[float | None, float | None]) -> Any:
 
 
 NO_TARGETS = _targets((None, None), (None, None), (None, None))
+HALF_SHARED = functools.partial(random_lists, share_half=True)
 ROWS = (
     Row(DENSE_LAYER, "dense", DENSE, token_shapes, dense_row, dense_work, NO_TARGETS),
     Row("selected, NSA 16/4 x 64", "selected_attention", NSA_16, token_shapes, selected_row,
@@ -279,6 +297,10 @@ ROWS = (
         selected_work, _targets((1.3, 4.0), (5.5, 16), (11, 33))),
     Row("selected, ASA", "selected_attention", ASA, token_shapes, selected_row,
         selected_work, _targets((0.25, 1.2), (1.0, 5), (2.0, 10))),
+    Row("selected, NSA 64/4 x 128, half shared", "selected_attention", NSA_64, token_shapes,
+        selected_row, selected_work, NO_TARGETS, HALF_SHARED),
+    Row("selected, ASA, half shared", "selected_attention", ASA, token_shapes, selected_row,
+        selected_work, NO_TARGETS, HALF_SHARED),
     Row("compressed, NSA 64/4 x 128", "compressed_attention", NSA_64, compressed_shapes,
         compressed_row, compressed_work, _targets((0.20, 0.8), (2.0, 8), (7.5, 30))),
     Row("compressed, ASA", "compressed_attention", ASA, compressed_shapes,
@@ -316,7 +338,7 @@ def compile_row(row: Row, case: Case, backward: bool) -> Callable[..., jax.Array
     arrays = {
         name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in row.shapes(case).items()
     }
-    lists = jax.eval_shape(lambda: random_lists(case))
+    lists = jax.eval_shape(lambda: row.lists(case))
     return timing.compile_loop(with_gradient(function) if backward else function, (arrays, lists))
 
 
@@ -328,7 +350,7 @@ def draw(row: Row, case: Case) -> Any:
         name: jax.random.normal(key, shape, jnp.bfloat16)
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
-    return arrays, random_lists(case)
+    return arrays, row.lists(case)
 
 
 def measure(row: Row, lengths: list[int]) -> Iterator[dict[str, Any]]:

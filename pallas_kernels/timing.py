@@ -1,4 +1,4 @@
-"""Device time of a function: a loop on the device, so that the host's part does not show."""
+"""Device time of a function: calls queued on the device, so that the host's part does not show."""
 
 import functools
 import statistics
@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-REPEATS = 5  # timed loops, of which the median counts
-LOOP_SECONDS = 0.03
+# The number is known when the loop is compiled, else the device would ask the host after each call
+# whether to go on.
+CALLS_PER_LOOP = 8
+REPEATS = 5  # timed queues of loops, of which the median counts
+QUEUE_SECONDS = 0.03
 
 
 def compile_loop(function: Callable[..., Any], arguments: Any) -> Callable[..., jax.Array]:
-    """Compiles `function(*arguments)`, repeated as often as its first argument says.
+    """Compiles `CALLS_PER_LOOP` calls of `function(*arguments)`, one after another.
 
     Args:
       function: Returns a pytree of arrays.
@@ -23,7 +26,7 @@ def compile_loop(function: Callable[..., Any], arguments: Any) -> Callable[..., 
     """
 
     @jax.jit
-    def loop(count: jax.Array, arguments: Any) -> jax.Array:
+    def loop(*arguments: Any) -> jax.Array:
         def body(_: jax.Array, checksum: jax.Array) -> jax.Array:
             # The barriers keep the call inside the loop, and each of its results needed in full.
             current, checksum = lax.optimization_barrier((arguments, checksum))
@@ -31,19 +34,20 @@ def compile_loop(function: Callable[..., Any], arguments: Any) -> Callable[..., 
             firsts = (result[(0,) * result.ndim].astype(jnp.float32) for result in results)
             return functools.reduce(jnp.add, firsts)
 
-        return lax.fori_loop(0, count, body, jnp.float32(0))
+        return lax.fori_loop(0, CALLS_PER_LOOP, body, jnp.float32(0))
 
-    return loop.lower(jax.ShapeDtypeStruct((), jnp.int32), arguments).compile()
+    return loop.lower(*arguments).compile()
 
 
 def milliseconds(loop: Callable[..., jax.Array], arguments: Any) -> float:
-    """Returns the median time of a call, warm, in a loop of `compile_loop`."""
+    """Returns the median time of a call, warm, from a loop of `compile_loop`."""
 
-    def run(count: int) -> float:
+    def seconds(num_loops: int) -> float:
         start = time.perf_counter()
-        loop(jnp.int32(count), arguments).block_until_ready()
-        return time.perf_counter() - start
+        results = [loop(*arguments) for _ in range(num_loops)]
+        jax.block_until_ready(results)
+        return (time.perf_counter() - start) / (num_loops * CALLS_PER_LOOP)
 
-    run(2)
-    count = max(1, min(1000, round(LOOP_SECONDS / max(1e-9, run(8) / 8))))
-    return 1e3 * statistics.median(run(count) / count for _ in range(REPEATS))
+    seconds(1)
+    num_loops = max(2, round(QUEUE_SECONDS / (seconds(1) * CALLS_PER_LOOP)))
+    return 1e3 * statistics.median(seconds(num_loops) for _ in range(REPEATS))

@@ -26,9 +26,10 @@ BY_NAME = {row.name: row for row in ROWS}
 
 
 @pytest.mark.parametrize("case", [ASA, NSA_16, NSA_64], ids=str)
-def test_random_lists_are_lists(case):
+@pytest.mark.parametrize("share_half", [False, True])
+def test_random_lists_are_lists(case, share_half):
     case = dataclasses.replace(case, num_tokens=4096)
-    lists = np.asarray(random_lists(case))[0]
+    lists = np.asarray(random_lists(case, share_half))[0]
     own = np.arange(len(lists)) * case.queries_per_selection // case.block_size
     for group, heads in zip(own[::13], lists[::13], strict=True):
         for entries in heads:
@@ -37,6 +38,13 @@ def test_random_lists_are_lists(case):
             assert (np.diff(chosen) > 0).all()
             assert {0, group, max(0, group - 1)} <= set(chosen.tolist())
             assert (entries[len(chosen) :] == -1).all()
+
+
+def test_neighbours_share_half_of_the_random_blocks():
+    case = dataclasses.replace(NSA_64, num_tokens=65536)
+    for share_half, least, most in ((False, 3 / 16, 0.3), (True, 0.55, 0.7)):
+        first, second = np.asarray(random_lists(case, share_half))[0, [40_000, 40_001], 0]
+        assert least <= np.isin(first, second).mean() <= most
 
 
 def test_floor_is_the_larger_of_three():
@@ -86,9 +94,11 @@ def test_timed_loop_repeats_the_call():
         return x + 1
 
     loop = timing.compile_loop(function, (jnp.zeros((2, 3)),))
-    loop(jnp.int32(5), (jnp.zeros((2, 3)),)).block_until_ready()
+    loop(jnp.zeros((2, 3))).block_until_ready()
     jax.effects_barrier()
-    assert len(calls) == 5
+    assert len(calls) == timing.CALLS_PER_LOOP
+    assert timing.milliseconds(loop, (jnp.zeros((2, 3)),)) > 0
+    jax.effects_barrier()
 
 
 def test_a_lost_row_costs_one_row(monkeypatch, capfd):
