@@ -58,7 +58,26 @@ def check_value(key: jax.Array, value: jax.Array | None, value_dim: int | None) 
         raise ValueError(f"value_dim: {value_dim}, but the head dim of value is {value.shape[3]}")
 
 
-def check_segment_ids(segment_ids: jax.Array | None, query: jax.Array) -> None:
-    """Raises ValueError unless segment_ids is None or integers [B, T]."""
+def check_segment_ids(
+    segment_ids: jax.Array | None, query: jax.Array, row_length: int | None = None
+) -> None:
+    """Raises ValueError unless segment_ids is None or integers [B, row_length or T]."""
     if segment_ids is not None:
-        check_integers("segment_ids", segment_ids, query.shape[:2])
+        length = query.shape[1] if row_length is None else row_length
+        check_integers("segment_ids", segment_ids, (query.shape[0], length))
+
+
+def row_length(
+    query: jax.Array, segment_ids: jax.Array | None, query_offset: jax.Array | int | None
+) -> int:
+    """Returns S, the tokens of the row that queries [B, T, N, H] are from.
+
+    Raises:
+      ValueError: query_offset comes without segment_ids, of which S is the length, or is no int [].
+    """
+    if query_offset is None:
+        return query.shape[1]
+    if segment_ids is None or segment_ids.ndim != 2:
+        raise ValueError("segment_ids: query_offset needs those of the whole row, [B, S]")
+    check_integers("query_offset", jnp.asarray(query_offset), ())
+    return segment_ids.shape[1]

@@ -42,6 +42,29 @@ def visible_from(segment_ids: jax.Array | None, num_tokens: int) -> jax.Array:
     return jnp.where(segment_ids > 0, document_starts(segment_ids), num_tokens)
 
 
+def query_rows(
+    segment_ids: jax.Array | None, num_queries: int, query_offset: jax.Array | int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns where queries stand in the row of their keys, and from where on they see it.
+
+    Args:
+      segment_ids: int [B, S] of the row, or None for one document a row.
+      num_queries: T.
+      query_offset: int32 [], position in the row of the first query; None = they are the row.
+
+    Returns:
+      Positions int32 [1, T], and what `visible_from` says of them, int32 [B or 1, T].
+    """
+    positions = token_positions(num_queries)
+    if query_offset is None:
+        return positions, visible_from(segment_ids, num_queries)
+    positions += query_offset
+    if segment_ids is None:
+        return positions, jnp.zeros_like(positions)
+    first_visible = visible_from(segment_ids, segment_ids.shape[1])
+    return positions, jax.lax.dynamic_slice_in_dim(first_visible, query_offset, num_queries, axis=1)
+
+
 def complete_blocks(
     positions: jax.Array, first_visible: jax.Array, num_blocks: int, block_size: int, stride: int
 ) -> jax.Array:

@@ -15,35 +15,37 @@ def causal_attention(
     value: jax.Array,
     segment_ids: jax.Array,
     scale: float | None = None,
+    query_offset: jax.Array | int = 0,
 ) -> jax.Array:
     """Causal softmax attention within each document of a row.
 
     Args:
         query: [B, T, N, H].
-        key: [B, T, K, H]; query head n reads key head n // (N // K).
-        value: [B, T, K, h] with h <= H.
-        segment_ids: int [B, T]; documents of a row, 0 for padding.
+        key: [B, S, K, H]; query head n reads key head n // (N // K).
+        value: [B, S, K, h] with h <= H.
+        segment_ids: int [B, S]; documents of a row, 0 for padding.
         scale: factor on the scores; None: 1 / sqrt(H).
+        query_offset: position in the row of the first query, S - T at most.
 
     Returns:
         [B, T, N, h], zero where segment_ids is 0.
     """
     length, value_dim = query.shape[1], value.shape[-1]
+    segments = jax.lax.dynamic_slice_in_dim(segment_ids, query_offset, length, axis=1)
     # The library asks for one head size; zero features of the value cost no correctness.
     value = jnp.pad(value, ((0, 0),) * 3 + ((0, key.shape[-1] - value_dim),))
 
     def attend(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, rows = chunk
-        segments = jnp.take(segment_ids, rows, axis=1)
-        mask = segments[:, :, None] == segment_ids[:, None, :]
-        mask &= rows[:, None] >= jnp.arange(length)
+        mask = jnp.take(segments, rows, axis=1)[:, :, None] == segment_ids[:, None, :]
+        mask &= (query_offset + rows)[:, None] >= jnp.arange(key.shape[1])
         return jax.nn.dot_product_attention(queries, key, value, mask=mask[:, None], scale=scale)
 
     if length <= QUERY_CHUNK:
         output = attend((query, jnp.arange(length)))
     else:
         output = _map_query_chunks(attend, query)
-    visible = (segment_ids > 0)[..., None, None]
+    visible = (segments > 0)[..., None, None]
     return jnp.where(visible, output[..., :value_dim], 0)
 
 

@@ -14,9 +14,10 @@ def compressed_attention(
     stride: int,
     segment_ids: jax.Array | None,
     scale: float,
+    query_offset: jax.Array | int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.compressed_attention`; value is given."""
-    batch, length, num_heads, _ = query.shape
+    batch, num_queries, num_heads, _ = query.shape
     num_blocks = key.shape[1]
     sums = statistics_dtype(query.dtype)  # the gradient adds up over chunks
     key, value = key.astype(sums), value.astype(sums)
@@ -27,6 +28,6 @@ def compressed_attention(
         visible = blocks.complete_blocks(positions, first_visible, num_blocks, block_size, stride)
         return masked_attention(query, key, value, visible[:, None], scale)
 
-    arrays = (query, blocks.token_positions(length), blocks.visible_from(segment_ids, length))
+    arrays = (query, *blocks.query_rows(segment_ids, num_queries, query_offset))
     chunk_size = chunking.rows_per_chunk(batch * num_heads * num_blocks)
     return chunking.map_chunks(attend, arrays, chunk_size)

@@ -16,7 +16,8 @@ def select_blocks(
     compression_block_size: int,
     compression_stride: int,
     queries_per_selection: int,
-    segment_ids: jax.Array | None = None,  # [B, T]
+    segment_ids: jax.Array | None = None,  # [B, S]
+    query_offset: jax.Array | int | None = None,
     scale: float | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> jax.Array:  # [B, M, K, L]
@@ -38,8 +39,11 @@ def select_blocks(
       compression_stride: Tokens between the starts of neighbouring compressed blocks.
       queries_per_selection: Consecutive queries that share a list; divides block_size, so that all
         of them lie in one block.
-      segment_ids: int32 [B, T], document of each token, 0 = padding; None = one document a row.
+      segment_ids: int32 [B, S], document of each token, 0 = padding; None = one document a row.
         Documents start at multiples of block_size.
+      query_offset: int32 [], traced or not, a multiple of block_size: the queries are tokens
+        query_offset .. query_offset + T - 1 of a row of S tokens. None = they are the whole row,
+        S = T.
       scale: Factor of the scores; None = 1 / sqrt(H).
       implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
 
@@ -60,10 +64,11 @@ def select_blocks(
     )
     arguments.check_divides_block_size("queries_per_selection", queries_per_selection, block_size)
     arguments.check_divides_block_size("compression_stride", compression_stride, block_size)
-    num_blocks = blocks.number_of_blocks(query.shape[1], compression_block_size, compression_stride)
+    length = arguments.row_length(query, segment_ids, query_offset)
+    num_blocks = blocks.number_of_blocks(length, compression_block_size, compression_stride)
     arguments.check_query_key(query, key, num_blocks)
     arguments.check_shape("lse", lse, query.shape[:3])
-    arguments.check_segment_ids(segment_ids, query)
+    arguments.check_segment_ids(segment_ids, query, length)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, key, lse = jax.lax.stop_gradient((query, key, lse))
     call = (
@@ -81,6 +86,6 @@ def select_blocks(
     return dispatch.run(
         "select_blocks",
         implementation,
-        mosaic_gpu=lambda: mosaic_gpu.select_blocks(*call),
-        xla=lambda: reference.select_blocks(*call),
+        mosaic_gpu=dispatch.of_whole_rows(lambda: mosaic_gpu.select_blocks(*call), query_offset),
+        xla=lambda: reference.select_blocks(*call, query_offset),
     )

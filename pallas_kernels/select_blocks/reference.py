@@ -58,10 +58,12 @@ def select_blocks(
     queries_per_selection: int,
     segment_ids: jax.Array | None,
     scale: float,
+    query_offset: jax.Array | int | None = None,
 ) -> jax.Array:
     """See `api.select_blocks`."""
-    batch, length, num_heads, _ = query.shape
+    batch, num_queries, num_heads, _ = query.shape
     num_compressed, num_kv_heads = key.shape[1:3]
+    length = num_queries if segment_ids is None else segment_ids.shape[1]
     num_blocks = -(-length // block_size)
 
     def choose(
@@ -85,7 +87,7 @@ def select_blocks(
         own, first = (array[:, None, :, None] for array in (own, first_visible // block_size))
         return choose_blocks(importance, own, first, num_selected_blocks).swapaxes(1, 2)
 
-    arrays = (query, lse, blocks.token_positions(length), blocks.visible_from(segment_ids, length))
+    arrays = (query, lse, *blocks.query_rows(segment_ids, num_queries, query_offset))
     first_queries = tuple(array[:, ::queries_per_selection] for array in arrays)
     chunk_size = chunking.rows_per_chunk(batch * num_heads * max(num_compressed, num_blocks))
     return chunking.map_chunks(choose, first_queries, chunk_size)

@@ -20,18 +20,19 @@ def selected_attention(
     queries_per_selection: int,
     segment_ids: jax.Array | None,
     scale: float,
+    query_offset: jax.Array | int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.selected_attention`; value is given."""
-    length = query.shape[1]
+    num_queries = query.shape[1]
     num_listed = block_indices.shape[3] * block_size
-    attend = attend_all if length <= COST_OF_GATHERED_SCORE * num_listed else attend_gathered
+    attend = attend_all if key.shape[1] <= COST_OF_GATHERED_SCORE * num_listed else attend_gathered
     sums = statistics_dtype(query.dtype)  # the gradient adds up over chunks
-    arrays = (query, blocks.token_positions(length), blocks.visible_from(segment_ids, length))
+    arrays = (query, *blocks.query_rows(segment_ids, num_queries, query_offset))
     groups = [chunking.split_axis1(array, queries_per_selection) for array in arrays]
     results = attend(
         (*groups, block_indices), key.astype(sums), value.astype(sums), block_size, scale
     )
-    return jax.tree.map(lambda array: chunking.merge_axis1(array, length), results)
+    return jax.tree.map(lambda array: chunking.merge_axis1(array, num_queries), results)
 
 
 def attend_all(
