@@ -11,73 +11,28 @@ import datetime
 import json
 import math
 import os
-import select
 import shlex
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels import dispatch
 from pallas_kernels.benchmark_rows import DENSE_LAYER, PAIR, ROWS, Row
+from pallas_kernels.measurement import Measurement, measure_in_turn
 
 HEADER = ("row", "T", "fwd ms", "target", "% of floor", "fwd+bwd ms", "target", "% of floor")
 
 
-class Measurement:
-    """The process of a row: it compiles, then waits until it is told to measure."""
-
-    def __init__(self, row: Row, lengths: list[int]) -> None:
-        self.row = row
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115, open as long as the process
-        module = [sys.executable, "-m", "pallas_kernels.benchmark_rows"]
-        self.process = subprocess.Popen(
-            [*module, row.name, ",".join(map(str, lengths))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            env={
-                **os.environ,
-                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-                # There is no matrix product outside the kernels, and tuning takes minutes.
-                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0",
-            },
-        )
-
-    def wait_until_compiled(self, deadline: float) -> None:
-        """Returns at its first line, at its end, or at the deadline (in time.monotonic)."""
-        assert self.process.stdout is not None
-        select.select([self.process.stdout], [], [], max(0, deadline - time.monotonic()))
-
-    def results(self, timeout_seconds: float) -> list[dict[str, Any]]:
-        """Lets it measure; returns its lines, with an error if it did not end well and in time."""
-        ending = None
-        try:
-            output, _ = self.process.communicate(b"\n", timeout_seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            output, _ = self.process.communicate()
-            ending = f"no end in {timeout_seconds:g} s"
-        if self.process.returncode and ending is None:
-            self.errors.seek(0)
-            said = self.errors.read().decode(errors="replace").strip().splitlines()
-            ending = f"exit {self.process.returncode}: {said[-1][:200] if said else ''}"
-        lines = [json.loads(line) for line in output.splitlines()]
-        return lines + ([{"error": ending}] if ending else [])
-
-
 def measure(rows: list[Row], lengths: list[int], timeout_seconds: float) -> list[dict[str, Any]]:
     """Returns a record for each row, length and pass, and for each row that failed."""
-    running = [Measurement(row, lengths) for row in rows]
-    deadline = time.monotonic() + timeout_seconds
-    for measurement in running:
-        measurement.wait_until_compiled(deadline)
+    # There is no matrix product outside the kernels, and tuning takes minutes.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    arguments = ["-m", "pallas_kernels.benchmark_rows"]
+    texts = ",".join(map(str, lengths))
+    running = [Measurement([*arguments, row.name, texts], XLA_FLAGS=flags) for row in rows]
     records = []
-    for measurement in running:
-        row = measurement.row
-        for result in measurement.results(timeout_seconds):
+    for row, results in zip(rows, measure_in_turn(running, timeout_seconds), strict=True):
+        for result in results:
             if "length" in result:
                 case = dataclasses.replace(row.case, num_tokens=result["length"])
                 result["floor_milliseconds"] = row.floor(case, result["backward"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import benchmark, dispatch, timing
+from pallas_kernels import benchmark, dispatch, measurement, timing
 from pallas_kernels.benchmark_rows import (
     ASA,
     DENSE_LAYER,
@@ -109,12 +109,12 @@ def test_a_lost_row_costs_one_row(monkeypatch, capfd):
         PAIR: "print('{}', flush=True); input(); raise SystemExit('out of luck')",
         "select, ASA": "import time; print('{}', flush=True); input(); time.sleep(60)",
     }
-    start = benchmark.subprocess.Popen
+    start = measurement.subprocess.Popen
 
     def popen(command, **options):
         return start([sys.executable, "-c", programs[command[3]]], **options)
 
-    monkeypatch.setattr(benchmark.subprocess, "Popen", popen)
+    monkeypatch.setattr(measurement.subprocess, "Popen", popen)
     records = benchmark.measure([BY_NAME[name] for name in programs], [8192], 3)
     errors = {record["row"]: record["error"] for record in records if "error" in record}
     assert "out of luck" in errors[PAIR] and "no end in 3 s" in errors["select, ASA"]

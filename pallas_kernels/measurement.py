@@ -1,0 +1,67 @@
+"""Processes that compile side by side and then have the device to themselves, one after another.
+
+A process prints a line once it has compiled, waits for a line on its input, and then prints what it
+measures, all as JSON. One that crashes or hangs costs its own lines alone.
+"""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+class Measurement:
+    """One such process."""
+
+    def __init__(self, arguments: list[str], **environment: str) -> None:
+        """Starts Python with these arguments; it shall print JSON, a line after it compiled."""
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115, open as long as the process
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environment},
+        )
+
+    def wait_until_compiled(self, deadline: float) -> None:
+        """Returns at its first line, at its end, or at the deadline (in time.monotonic)."""
+        assert self.process.stdout is not None
+        select.select([self.process.stdout], [], [], max(0, deadline - time.monotonic()))
+
+    def results(self, timeout_seconds: float) -> list[dict[str, Any]]:
+        """Lets it measure; returns its lines, with an error if it did not end well and in time."""
+        ending = None
+        try:
+            output, _ = self.process.communicate(b"\n", timeout_seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            output, _ = self.process.communicate()
+            ending = f"no end in {timeout_seconds:g} s"
+        if self.process.returncode and ending is None:
+            self.errors.seek(0)
+            said = self.errors.read().decode(errors="replace").strip().splitlines()
+            ending = f"exit {self.process.returncode}: {said[-1][:200] if said else ''}"
+        lines = [json.loads(line) for line in output.splitlines()]
+        return lines + ([{"error": ending}] if ending else [])
+
+
+def measure_in_turn(
+    measurements: Sequence[Measurement], timeout_seconds: float
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields the lines of each process, in order.
+
+    Args:
+      measurements: What was started.
+      timeout_seconds: Until all have compiled, and again for each to measure.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    for measurement in measurements:
+        measurement.wait_until_compiled(deadline)
+    for measurement in measurements:
+        yield measurement.results(timeout_seconds)
