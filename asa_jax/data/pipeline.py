@@ -140,7 +140,7 @@ class TrainIterator:
             alignment: pieces start at multiples of it.
             seed: of the order of pieces and rows.
             process_index: which rows to give, 0 .. process_count - 1.
-            process_count: processes that share the global batch.
+            process_count: processes that divide the rows of the global batch.
 
         Raises:
             DataError: a shard is not as its manifest says.
@@ -211,7 +211,7 @@ def validation_batches(
         batch_size: rows of the global batch, a multiple of `process_count`.
         alignment: pieces start at multiples of it.
         process_index: which rows to give, 0 .. process_count - 1.
-        process_count: processes that share the global batch.
+        process_count: processes that divide the rows of the global batch.
 
     Returns:
         As many batches for every process.

@@ -44,12 +44,10 @@ class Feed:
             "batch_size": config.data.batch_size,
             "alignment": config.model.alignment,
         }
-        self._processes = {
-            "process_index": jax.process_index(), "process_count": jax.process_count()
-        }  # fmt: skip
+        self._share = _row_share(mesh)
         order = self._rows | {"weights": config.data.weights, "seed": config.data.seed}
         self.fingerprint = run_fingerprint(config, sources)
-        self.train = TrainIterator(sources, **order, **self._processes)
+        self.train = TrainIterator(sources, **order, **self._share)
 
     def __enter__(self) -> Self:
         return self
@@ -66,11 +64,34 @@ class Feed:
 
     def validation(self) -> Iterator[Batch]:
         """The first `eval_batches` batches of validation data, the same each time."""
-        batches = validation_batches(self._sources, **self._rows, **self._processes)
+        batches = validation_batches(self._sources, **self._rows, **self._share)
         return map(self._place, itertools.islice(batches, self._limit))
 
     def _place(self, batch: dict[str, np.ndarray]) -> Batch:
-        return {
-            name: jax.make_array_from_process_local_data(self._sharding, rows)
-            for name, rows in batch.items()
-        }
+        local_rows, length = batch["inputs"].shape
+        first = self._share["process_index"] * local_rows
+        shape = (self._rows["batch_size"], length)
+
+        def place(rows: np.ndarray) -> jax.Array:
+            def shard(index: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = index[0].indices(shape[0])
+                return rows[start - first : stop - first, index[1]]
+
+            return jax.make_array_from_callback(shape, self._sharding, shard)
+
+        return {name: place(rows) for name, rows in batch.items()}
+
+
+def _row_share(mesh: Mesh) -> dict[str, int]:
+    """Which of how many equal shares of the rows the devices of this process hold.
+
+    Processes that divide heads or the sequence of the same rows have the same share.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
+    held = batch_sharding(mesh).addressable_devices_indices_map(shards).values()
+    spans = [index[0].indices(shards[0]) for index in held if index is not None]
+    first, last = min(span[0] for span in spans), max(span[1] for span in spans)
+    return {
+        "process_index": first // (last - first),
+        "process_count": shards[0] // (last - first),
+    }
