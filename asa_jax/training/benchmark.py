@@ -1,0 +1,181 @@
+"""Training speed of the models in the table: `python -m asa_jax.training.benchmark --output DIR`.
+
+Prints a table and writes it to DIR as `training.md`, `training.json` and `training.png`. Each row
+is a run of `speed` in its own process: all compile side by side, then have the GPU in turn, and one
+that fails costs its own line alone.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.measurement import Measurement, measure_in_turn
+
+HEADER = (
+    "row", "tokens/s", "target", "MFU %", "step s", "input wait s", "peak GiB", "compile s",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table; target in tokens a second, None where it only has to run."""
+
+    name: str
+    config: str
+    tokens: int  # of a sequence
+    batch: int
+    target: float | None
+
+
+ROWS = (
+    Row("full_340m 8k", "configs/full_340m.py", 8192, 8, 130_000),
+    Row("asa_340m 8k", "configs/asa_340m.py", 8192, 8, 165_000),
+    Row("full_340m 64k", "configs/full_340m.py", 65536, 1, None),
+    Row("asa_340m 64k", "configs/asa_340m.py", 65536, 1, 140_000),
+    Row("asa_340m 256k", "configs/asa_340m.py", 262144, 1, None),
+    Row("asa_1b 8k", "configs/asa_1b.py", 8192, 8, 52_000),
+    Row("asa_1b 64k", "configs/asa_1b.py", 65536, 1, 46_000),
+)
+RATIOS = (  # first row, second row, at least
+    ("asa_340m 8k", "full_340m 8k", 1.25),
+    ("asa_340m 64k", "full_340m 64k", 3.3),
+    ("asa_340m 64k", "asa_340m 8k", 0.85),
+)
+
+
+def measure(rows: list[Row], sources: str, timeout_seconds: float) -> list[dict[str, Any]]:
+    """Returns a record for each row: its results, or an error."""
+    running = [
+        Measurement(
+            [
+                "-m", "asa_jax.training.speed", f"--config={row.config}",
+                f"--config.data.sources={(sources,)}",
+                f"--config.data.sequence_length={row.tokens}",
+                f"--config.data.batch_size={row.batch}",
+            ]
+        )
+        for row in rows
+    ]  # fmt: skip
+    records = []
+    for row, results in zip(rows, measure_in_turn(running, timeout_seconds), strict=True):
+        record = dataclasses.asdict(row)
+        for result in results:
+            record |= result
+        records.append(record)
+        print(json.dumps(record), file=sys.stderr, flush=True)
+    return records
+
+
+def cells(record: dict[str, Any]) -> tuple[str, ...]:
+    """A line of the table."""
+    target = f"{record['target']:,.0f}" if record["target"] else "runs"
+    if "tokens_per_second" not in record:
+        return record["name"], "failed", target, *[""] * (len(HEADER) - 3)
+    mfu, memory = record["mfu"], record["memory_bytes"]
+    return (
+        record["name"],
+        f"{record['tokens_per_second']:,.0f}",
+        target,
+        f"{100 * mfu:.1f}" if mfu else "",
+        f"{record['step_seconds']:.3f}",
+        f"{record['data_wait_seconds']:.3f}",
+        f"{memory / 2**30:.1f}" if memory else "",
+        f"{record['compile_seconds']:.0f}",
+    )
+
+
+def ratios(records: list[dict[str, Any]]) -> list[str]:
+    """How rates of two rows compare with what they are to reach."""
+    rates = {r["name"]: r["tokens_per_second"] for r in records if "tokens_per_second" in r}
+    return [
+        f"- {first} : {second} = {rates[first] / rates[second]:.2f} (target {least})"
+        for first, second, least in RATIOS
+        if first in rates and second in rates
+    ]
+
+
+def markdown(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """The table, its ratios, what it was measured on and what failed."""
+    lines = [HEADER, ("---",) * len(HEADER), *map(cells, records)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    text = [
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    ]
+    text += ["", *ratios(records), "", *(f"- {name}: {value}" for name, value in about.items())]
+    text += [f"- failed: {r['name']}: {r['error']}" for r in records if "error" in r]
+    return "\n".join(text) + "\n"
+
+
+def plot(records: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
+    """Draws the rates as bars beside their targets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    done = [record for record in records if "tokens_per_second" in record]
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    axes.bar([r["name"] for r in done], [r["tokens_per_second"] for r in done])
+    for place, record in enumerate(done):
+        if record["target"]:
+            axes.hlines(record["target"], place - 0.4, place + 0.4, colors="black")
+    axes.set(ylabel="tokens/s (lines: targets)", title=f"{about.get('device')}, {about['date']}")
+    axes.tick_params(axis="x", rotation=30)
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    names = [row.name for row in ROWS]
+    parser = argparse.ArgumentParser(prog="asa_jax.training.benchmark", description=__doc__)
+    parser.add_argument("--rows", help=f"names with commas between, of: {', '.join(names)}")
+    parser.add_argument("--sources", default="tokens/bundled", help="token folder to train on")
+    parser.add_argument("--output", type=Path, help="directory for the table, JSON and chart")
+    parser.add_argument("--timeout_seconds", type=float, default=240, help="of a row")
+    options = parser.parse_args(arguments)
+    options.rows = options.rows.split(",") if options.rows else names
+    if unknown := set(options.rows) - set(names):
+        parser.error(f"--rows: unknown {sorted(unknown)}, expected some of {names}")
+    if not Path(options.sources, "manifest.json").is_file():
+        parser.error(
+            f"--sources: {options.sources} is no token folder; `make tokens` makes tokens/bundled"
+        )
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code, 1 if a row failed."""
+    options = parse(arguments)
+    rows = [row for row in ROWS if row.name in options.rows]
+    records = measure(rows, options.sources, options.timeout_seconds)
+    compiled = [record for record in records if "device" in record]
+    about = {
+        **({key: compiled[0][key] for key in ("device", "jax")} if compiled else {}),
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(
+            ["python", "-m", "asa_jax.training.benchmark", *(arguments or sys.argv[1:])]
+        ),
+    }
+    text = markdown(records, about)
+    print(text, end="")
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "training.md").write_text(text)
+        (options.output / "training.json").write_text(
+            json.dumps({"about": about, "records": records}, indent=1) + "\n"
+        )
+        plot(records, about, options.output / "training.png")
+    return int(any("error" in record for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The training benchmark: one small row for real, and the table of given numbers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from asa_jax.training import benchmark
+
+NUMBERS = {
+    "mfu": 0.4, "memory_bytes": 2**31, "step_seconds": 0.5, "data_wait_seconds": 0.001,
+    "compile_seconds": 61.0,
+}  # fmt: skip
+
+
+def record(name, rate):
+    row = next(row for row in benchmark.ROWS if row.name == name)
+    return {"name": name, "target": row.target, "tokens_per_second": rate, **NUMBERS}
+
+
+def test_table_compares_rates_with_targets(tmp_path):
+    failed = {"name": "asa_340m 256k", "target": None, "error": "out of memory"}
+    records = [record("full_340m 8k", 100_000.0), record("asa_340m 8k", 150_000.0), failed]
+    about = {"device": "1 GPU", "date": "today"}
+    text = benchmark.markdown(records, about)
+    assert "150,000  | 165,000" in text and "40.0" in text and "2.0" in text
+    assert "asa_340m 8k : full_340m 8k = 1.50 (target 1.25)" in text
+    assert "failed: asa_340m 256k: out of memory" in text and "64k :" not in text
+    benchmark.plot(records, about, tmp_path / "training.png")
+    assert (tmp_path / "training.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--rows", "x"], "--rows: unknown ['x']"), (["--sources", "nowhere"], "no token folder")],
+)
+def test_command_line_errors(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_row_is_measured(token_folder, small_flags):
+    command = [
+        sys.executable, "-m", "asa_jax.training.speed", "--config=configs/base.py",
+        *small_flags, f"--config.data.sources=('{token_folder}',)",
+    ]  # fmt: skip
+    result = subprocess.run(command, input=b"\n", capture_output=True, timeout=280, check=False)
+    assert result.returncode == 0, result.stderr.decode()
+    about, measured = map(json.loads, result.stdout.splitlines())
+    assert about["compile_seconds"] > 0
+    step_seconds = 8 * 64 / measured["tokens_per_second"]
+    assert 0 < measured["step_seconds"] < 3 * step_seconds and measured["loss"] > 0
+    assert measured["input_tokens_per_second"] > 0
