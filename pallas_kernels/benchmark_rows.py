@@ -227,6 +227,11 @@ def dense_row(_: Case, arrays: dict[str, jax.Array], __: jax.Array) -> jax.Array
     )
 
 
+def causal_row(case: Case, arrays: dict[str, jax.Array], _: jax.Array) -> Any:
+    """Dense causal attention by the kernel of sliding windows: one as long as the sequence."""
+    return window_row(dataclasses.replace(case, window_size=case.num_tokens), arrays, _)
+
+
 def attention_work(case: Case, backward: bool, pairs: float, l2_bytes: float = 0) -> Work:
     """Work of attention with so many pairs of a query token and a key."""
     dims = case.head_dim + case.value_dim
@@ -291,6 +296,7 @@ NO_TARGETS = _targets((None, None), (None, None), (None, None))
 HALF_SHARED = functools.partial(random_lists, share_half=True)
 ROWS = (
     Row(DENSE_LAYER, "dense", DENSE, token_shapes, dense_row, dense_work, NO_TARGETS),
+    Row("dense, 16/4 x 64", "dense", DENSE, token_shapes, causal_row, dense_work, NO_TARGETS),
     Row("selected, NSA 16/4 x 64", "selected_attention", NSA_16, token_shapes, selected_row,
         selected_work, _targets((0.30, 0.9), (1.2, 3.5), (2.4, 7.0))),
     Row("selected, NSA 64/4 x 128", "selected_attention", NSA_64, token_shapes, selected_row,
