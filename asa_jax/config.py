@@ -238,21 +238,27 @@ class TrainingConfig:
     eval_batches: int
     checkpoint_every_steps: int
     keep_checkpoints: int
-    max_nonfinite_steps: int
+    # a step is skipped where its gradient norm exceeds this many times its running average; 0: off
+    spike_factor: float
+    max_skipped_steps: int
     loss_chunk_tokens: int
     profile_start_step: int
     profile_steps: int
 
     def __post_init__(self) -> None:
         _require_positive(
-            "training", self, "steps", "log_every_steps", "eval_batches", "max_nonfinite_steps",
+            "training", self, "steps", "log_every_steps", "eval_batches", "max_skipped_steps",
             "loss_chunk_tokens", "checkpoint_every_steps",
         )  # fmt: skip
         # One step is always complete while another is being written or deleted.
         _require_range("training", self, 2, "keep_checkpoints")
         _require_range(
-            "training", self, 0, "seed", "eval_every_steps", "profile_start_step", "profile_steps"
-        )
+            "training", self, 0, "seed", "eval_every_steps", "profile_start_step", "profile_steps",
+        )  # fmt: skip
+        require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            "training.spike_factor", self.spike_factor, "above 1, or 0 to take every step",
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,11 @@ def get_config() -> ConfigDict:
                 "eval_batches": 16,
                 "checkpoint_every_steps": 500,
                 "keep_checkpoints": 3,
-                "max_nonfinite_steps": 10,
+                # A step is skipped where loss or gradient are not finite, or where the gradient
+                # norm is this many times its running average (0: never); so many in a row stop
+                # the run.
+                "spike_factor": 10.0,
+                "max_skipped_steps": 10,
                 "loss_chunk_tokens": 2048,
                 # 0 steps: no profile is taken.
                 "profile_start_step": 10,

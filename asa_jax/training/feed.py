@@ -45,9 +45,14 @@ class Feed:
             "alignment": config.model.alignment,
         }
         self._share = _row_share(mesh)
-        order = self._rows | {"weights": config.data.weights, "seed": config.data.seed}
         self.fingerprint = run_fingerprint(config, sources)
-        self.train = TrainIterator(sources, **order, **self._share)
+        self.train = TrainIterator(
+            sources,
+            weights=config.data.weights,
+            seed=config.data.seed,
+            **self._rows,
+            **self._share,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -73,7 +78,7 @@ class Feed:
         shape = (self._rows["batch_size"], length)
 
         def place(rows: np.ndarray) -> jax.Array:
-            def shard(index: tuple[slice, ...]) -> np.ndarray:
+            def shard(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(shape[0])
                 return rows[start - first : stop - first, index[1]]
 
@@ -82,7 +87,7 @@ class Feed:
         return {name: place(rows) for name, rows in batch.items()}
 
 
-def _row_share(mesh: Mesh) -> dict[str, int]:
+def _row_share(mesh: Mesh) -> dict[str, Any]:
     """Which of how many equal shares of the rows the devices of this process hold.
 
     Processes that divide heads or the sequence of the same rows have the same share.

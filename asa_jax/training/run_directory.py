@@ -41,7 +41,7 @@ CHANGEABLE_FIELDS = (
     "data.sources", "model.remat", "model.attention_implementation", "training.steps",
     "training.log_every_steps", "training.eval_every_steps", "training.eval_batches",
     "training.checkpoint_every_steps", "training.keep_checkpoints",
-    "training.max_nonfinite_steps", "training.loss_chunk_tokens",
+    "training.max_skipped_steps", "training.loss_chunk_tokens",
     "training.profile_start_step", "training.profile_steps",
 )  # fmt: skip
 

@@ -69,7 +69,7 @@ class RunLog:
             data_wait_seconds: how long its batch was waited for.
 
         Raises:
-            UserError: the limit of steps in a row that are not finite is reached.
+            UserError: the limit of skipped steps in a row is reached.
         """
         pending, self._pending = self._pending, (step, metrics, data_wait_seconds)
         if pending:
@@ -114,13 +114,22 @@ class RunLog:
         if self._writer:
             self._writer.write(step, values)
         self._display.update(step, values, self._seconds_left(step, seconds))
-        limit = self._config.max_nonfinite_steps
-        if values["nonfinite_in_a_row"] >= limit:
+        if values["skipped_in_a_row"]:
+            self._report_skipped(step, values)
+
+    def _report_skipped(self, step: int, values: Mapping[str, float]) -> None:
+        norm, average = values["grad_norm"], values["grad_norm_average"]
+        reason = f"gradient norm {norm:.3g}, average {average:.3g}"
+        if not (math.isfinite(values["loss"]) and math.isfinite(norm)):
+            reason = "loss or gradient not finite"
+        self.print(f"step {step} skipped: {reason}; {values['skipped_steps']:.0f} skipped so far")
+        limit = self._config.max_skipped_steps
+        if values["skipped_in_a_row"] >= limit:
             raise UserError(
-                f"step {step}: loss or gradient not finite {limit} times in a row "
-                "(config.training.max_nonfinite_steps); their updates were left out and nothing of "
-                "them was saved; run again from the last checkpoint with other data or a new run "
-                "with a lower config.optimizer.learning_rate"
+                f"step {step}: {limit} steps in a row skipped (config.training.max_skipped_steps), "
+                f"the last for: {reason}; their updates were left out and nothing of them was "
+                "saved; run again from the last checkpoint with other data or a new run with a "
+                "lower config.optimizer.learning_rate"
             )
 
     def _derived(self, values: Mapping[str, float], seconds: float) -> dict[str, float | None]:

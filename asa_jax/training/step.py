@@ -22,6 +22,11 @@ from asa_jax.training.optimizer import learning_rate_schedule, make_optimizer
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
+# The average gradient norm that a spike is measured by is a plain mean at first, then one with this
+# memory; fewer updates than the second number say too little to judge by.
+SPIKE_AVERAGE_STEPS = 100
+SPIKE_FIRST_STEPS = 20
+
 
 class TrainState(NamedTuple):
     """Everything that a step changes.
@@ -30,15 +35,17 @@ class TrainState(NamedTuple):
         params: nested dict of float32 arrays.
         opt_state: moments and counters of the optimizer.
         step: batches consumed, int32.
-        nonfinite_steps: those among them whose update was left out.
-        nonfinite_in_a_row: those at the end of the run so far.
+        skipped_steps: those among them whose update was left out.
+        skipped_in_a_row: those at the end of the run so far.
+        grad_norm_average: of the updates made, over about the last SPIKE_AVERAGE_STEPS.
     """
 
     params: Any
     opt_state: Any
     step: jax.Array
-    nonfinite_steps: jax.Array
-    nonfinite_in_a_row: jax.Array
+    skipped_steps: jax.Array
+    skipped_in_a_row: jax.Array
+    grad_norm_average: jax.Array
 
 
 class Trainer(NamedTuple):
@@ -49,8 +56,8 @@ class Trainer(NamedTuple):
         state: TrainState of ShapeDtypeStruct with shardings.
         init: makes the state of step 0.
         step: maps a state, which it consumes, and a batch to the next state and metrics: scalars
-            loss, grad_norm, learning_rate, tokens, target_bytes, nonfinite_steps,
-            nonfinite_in_a_row.
+            loss, grad_norm, grad_norm_average, learning_rate, tokens, target_bytes,
+            skipped_steps, skipped_in_a_row.
         evaluate: maps parameters and a batch to sums: nll, tokens, target_bytes.
     """
 
@@ -82,8 +89,14 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
     def init() -> TrainState:
         params = init_params(config.model, jax.random.key(config.training.seed))
         # One array each: the step consumes its state, and a buffer can be given up only once.
-        counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
-        return TrainState(params, optimizer.init(params), *counters)
+        return TrainState(
+            params=params,
+            opt_state=optimizer.init(params),
+            step=jnp.zeros((), jnp.int32),
+            skipped_steps=jnp.zeros((), jnp.int32),
+            skipped_in_a_row=jnp.zeros((), jnp.int32),
+            grad_norm_average=jnp.zeros(()),
+        )
 
     state = jax.eval_shape(init)
     shardings = _state_shardings(mesh, state, param_shardings(mesh, axes, shapes))
@@ -129,11 +142,12 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the training step: one update by the mean nll of the batch's tokens.
 
-    A loss or gradient that is not finite leaves parameters and optimizer state as they are. That is
-    decided before clipping, which would turn one infinite gradient into NaN everywhere.
+    A loss or gradient that is not finite, or a gradient norm `spike_factor` times its average,
+    leaves parameters and optimizer state as they are. That is decided before clipping, which would
+    turn one infinite gradient into NaN everywhere.
     """
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
-    parts = config.optimizer.accumulation_steps
+    parts, spike_factor = config.optimizer.accumulation_steps, config.training.spike_factor
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Of all parts, so that their losses and gradients add up to those of the whole batch.
@@ -146,33 +160,44 @@ def make_step(
         gradient = jax.grad(mean_nll, has_aux=True)
         gradients, totals = _accumulate(gradient, state.params, batch, parts)
         loss, grad_norm = totals["nll"] / tokens, optax.tree.norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates_done = state.step - state.skipped_steps
+        sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        sound &= ~_is_spike(grad_norm, state.grad_norm_average, updates_done, spike_factor)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
+        weight = 1 / jnp.minimum(updates_done + 1, SPIKE_AVERAGE_STEPS)
+        average = state.grad_norm_average + weight * (grad_norm - state.grad_norm_average)
+        params, opt_state, average = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old),
+            (params, opt_state, average),
+            (state.params, state.opt_state, state.grad_norm_average),
         )
-        updates_done = state.step - state.nonfinite_steps
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "grad_norm_average": state.grad_norm_average,
+            "learning_rate": config.optimizer.learning_rate * schedule(updates_done),
+            "tokens": totals["tokens"],
+            "target_bytes": totals["target_bytes"],
+        }
         state = TrainState(
             params=params,
             opt_state=opt_state,
             step=state.step + 1,
-            nonfinite_steps=state.nonfinite_steps + ~finite,
-            nonfinite_in_a_row=jnp.where(finite, 0, state.nonfinite_in_a_row + 1),
+            skipped_steps=state.skipped_steps + ~sound,
+            skipped_in_a_row=jnp.where(sound, 0, state.skipped_in_a_row + 1),
+            grad_norm_average=average,
         )
-        return state, {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": config.optimizer.learning_rate * schedule(updates_done),
-            "tokens": totals["tokens"],
-            "target_bytes": totals["target_bytes"],
-            "nonfinite_steps": state.nonfinite_steps,
-            "nonfinite_in_a_row": state.nonfinite_in_a_row,
-        }
+        counts = {"skipped_steps": state.skipped_steps, "skipped_in_a_row": state.skipped_in_a_row}
+        return state, metrics | counts
 
     return step
+
+
+def _is_spike(norm: jax.Array, average: jax.Array, updates: jax.Array, factor: float) -> jax.Array:
+    """Whether a gradient norm is out of all proportion; never where the factor is 0."""
+    known = (updates >= SPIKE_FIRST_STEPS) & (factor > 0)
+    return known & (norm > factor * average)
 
 
 def _accumulate(

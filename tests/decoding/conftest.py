@@ -39,7 +39,7 @@ def workdir(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -
     with open_run(path, config, allow_changes=False), CheckpointWriter(path, keep=2) as writer:
         for step in (1, 2):
             params = jax.tree.map(jnp.asarray, random_params(config.model, seed=step))
-            counters = jnp.int32(step), jnp.int32(0), jnp.int32(0)
+            counters = jnp.int32(step), jnp.int32(0), jnp.int32(0), jnp.float32(0)
             state = TrainState(params, {"none": jnp.zeros(1)}, *counters)
             writer.save(state, {}, make_meta(config, make_mesh(config.mesh), state, {}))
     return path

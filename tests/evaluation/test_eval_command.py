@@ -46,7 +46,7 @@ def workdir(tmp_path_factory, make_config) -> Path:
     (folder / "config.json").write_text(json.dumps(values))
     config = config_from_dict(values)
     params = jax.tree.map(jnp.asarray, random_params(config.model))
-    state = TrainState(params, (), jnp.int32(7), jnp.int32(0), jnp.int32(0))
+    state = TrainState(params, (), jnp.int32(7), jnp.int32(0), jnp.int32(0), jnp.float32(0))
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, context=1))
     (folder / "checkpoints").mkdir()
     with CheckpointWriter(folder, keep=2) as writer:

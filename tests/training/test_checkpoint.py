@@ -33,7 +33,8 @@ def _state(step: int) -> TrainState:
         "b": jnp.arange(5.0) + step,
     }
     moments = optax.adam(1e-3).init(params)
-    return TrainState(params, moments, jnp.int32(step), jnp.int32(0), jnp.int32(0))
+    zero = jnp.int32(0)
+    return TrainState(params, moments, jnp.int32(step), zero, zero, jnp.float32(step))
 
 
 def _abstract(state: TrainState) -> TrainState:
@@ -264,7 +265,7 @@ def trained(tmp_path_factory, make_config, mesh):
     _, shapes, _ = abstract_model(config.model)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
-    state = TrainState(params, (), jnp.int32(7), jnp.int32(0), jnp.int32(0))
+    state = TrainState(params, (), jnp.int32(7), jnp.int32(0), jnp.int32(0), jnp.float32(0))
     with CheckpointWriter(workdir, keep=2) as writer:
         writer.save(state, {}, make_meta(config, mesh, state, FINGERPRINT))
     return workdir, config, params

@@ -1,7 +1,8 @@
-"""metrics.jsonl over resumes, rates, and the limit of steps that are not finite."""
+"""metrics.jsonl over resumes, rates, and the limit of skipped steps."""
 
 import json
 import math
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -13,15 +14,16 @@ from asa_jax.training.progress import ProgressDisplay
 from asa_jax.training.run_log import RunLog, bits_per_byte
 
 
-def _metrics(loss=2.0, in_a_row=0):
+def _metrics(loss=2.0, in_a_row=0, grad_norm=1.0):
     return {
         "loss": jnp.float32(loss),
-        "grad_norm": jnp.float32(1),
+        "grad_norm": jnp.float32(grad_norm),
+        "grad_norm_average": jnp.float32(1),
         "learning_rate": jnp.float32(0.1),
         "tokens": jnp.int32(100),
         "target_bytes": jnp.int32(400),
-        "nonfinite_steps": jnp.int32(in_a_row),
-        "nonfinite_in_a_row": jnp.int32(in_a_row),
+        "skipped_steps": jnp.int32(in_a_row),
+        "skipped_in_a_row": jnp.int32(in_a_row),
     }
 
 
@@ -84,14 +86,30 @@ def test_steps_are_completed_one_late_and_shown(tmp_path, make_config, capsys):
     assert "loss 4.0000" in shown[1] and "bits/byte 1.443" in shown[1]
 
 
-def test_stops_after_the_limit_of_steps_that_are_not_finite(tmp_path, make_config):
-    config = make_config(**{"training.max_nonfinite_steps": 2})
+def test_stops_after_the_limit_of_skipped_steps(tmp_path, make_config, capsys):
+    config = make_config(**{"training.max_skipped_steps": 2})
     with RunLog(tmp_path, config, 1000, 0) as log:
-        log.push(1, _metrics(math.nan, in_a_row=1), 0)
+        log.push(1, _metrics(in_a_row=1, grad_norm=37), 0)
         log.push(2, _metrics(math.nan, in_a_row=2), 0)
-        with pytest.raises(UserError, match="step 2: loss or gradient not finite 2 times in a row"):
+        with pytest.raises(UserError, match=r"step 2: 2 steps in a row skipped .* not finite"):
             log.flush()
-    assert [line["loss"] for line in read_metrics(tmp_path)] == [None, None]
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [2.0, None]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [
+        "step 1 skipped: gradient norm 37, average 1; 1 skipped so far",
+        "step 2 skipped: loss or gradient not finite; 2 skipped so far",
+    ]
+
+
+def test_rates_do_not_follow_the_clock_on_the_wall(tmp_path, make_config, monkeypatch):
+    """It is set back an hour between two steps."""
+    with RunLog(tmp_path, make_config(), 1000, 0) as log:
+        log.push(1, _metrics(), 0)
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now - 3600)
+        log.push(2, _metrics(), 0)
+        log.flush()
+    assert all(0 < line["step_seconds"] < 600 for line in read_metrics(tmp_path))
 
 
 def test_a_terminal_that_goes_away_does_not_end_the_run(monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from asa_jax.training.optimizer import make_optimizer
-from asa_jax.training.step import TrainState, make_step
+from asa_jax.training.step import SPIKE_FIRST_STEPS, TrainState, make_step
 
 AXES = {"w": ("embed", "mlp"), "b": ("activation",)}
 FEATURES, ROWS, LENGTH = 4, 8, 6
@@ -49,11 +49,12 @@ def _start(optimizer):
         "b": jnp.zeros(3),
     }
     zero = jnp.int32(0)
-    return TrainState(params, optimizer.init(params), zero, zero, zero)
+    return TrainState(params, optimizer.init(params), zero, zero, zero, jnp.float32(0))
 
 
-def _make(make_config, sums=_sums, **overrides):
-    config = make_config(**{f"optimizer.{k}": v for k, v in overrides.items()})
+def _make(make_config, sums=_sums, spike_factor=0.0, **overrides):
+    fields = {f"optimizer.{k}": v for k, v in overrides.items()}
+    config = make_config(**{"training.spike_factor": spike_factor}, **fields)
     optimizer = make_optimizer(config.optimizer, config.training.steps, AXES)
     return jax.jit(make_step(sums, optimizer, config)), _start(optimizer), config
 
@@ -105,12 +106,12 @@ def test_a_loss_that_is_not_finite_changes_no_parameter_and_no_moment(
             (after.params, after.opt_state), (state.params, state.opt_state)
         )
         assert not np.isfinite(metrics["loss"])
-        assert metrics["nonfinite_steps"] == metrics["nonfinite_in_a_row"] == count
+        assert metrics["skipped_steps"] == metrics["skipped_in_a_row"] == count
         assert after.step == state.step + 1
         state = after
     state, metrics = step(state, _batch(2))
     assert np.isfinite(metrics["loss"])
-    assert (metrics["nonfinite_steps"], metrics["nonfinite_in_a_row"]) == (3, 0)
+    assert (metrics["skipped_steps"], metrics["skipped_in_a_row"]) == (3, 0)
     # The updates are those of a run that never saw the bad batches.
     clean_step, clean, _ = _make(make_config, name=name, accumulation_steps=parts)
     for seed in (0, 2):
@@ -124,7 +125,30 @@ def test_an_infinite_gradient_of_a_finite_loss_is_left_out(make_config):
     after, metrics = step(state, _batch())
     assert np.isfinite(metrics["loss"]) and np.isinf(metrics["grad_norm"])
     chex.assert_trees_all_equal((after.params, after.opt_state), (state.params, state.opt_state))
-    assert metrics["nonfinite_in_a_row"] == 1
+    assert metrics["skipped_in_a_row"] == 1
+
+
+def test_a_gradient_out_of_proportion_is_left_out(make_config):
+    step, state, _ = _make(make_config, spike_factor=5.0)
+    wild = _batch(0)
+    wild["targets"] *= 1000
+    _, metrics = step(state, wild)
+    assert metrics["skipped_steps"] == 0  # nothing is known at first
+    norms = []
+    for seed in range(SPIKE_FIRST_STEPS):
+        state, metrics = step(state, _batch(seed))
+        norms.append(metrics["grad_norm"])
+    np.testing.assert_allclose(state.grad_norm_average, np.mean(norms), rtol=1e-5)
+    after, metrics = step(state, wild)
+    assert metrics["grad_norm"] > 5 * metrics["grad_norm_average"] > 0
+    assert (metrics["skipped_steps"], metrics["skipped_in_a_row"]) == (1, 1)
+    chex.assert_trees_all_equal(
+        after._replace(step=state.step, skipped_steps=0, skipped_in_a_row=0),
+        state._replace(skipped_steps=0, skipped_in_a_row=0),
+    )
+    after, metrics = step(after, _batch(1))
+    assert (metrics["skipped_steps"], metrics["skipped_in_a_row"]) == (1, 0)
+    assert after.grad_norm_average != state.grad_norm_average
 
 
 def test_a_batch_of_padding_alone_changes_nothing_but_decay(make_config):

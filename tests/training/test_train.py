@@ -210,11 +210,11 @@ def test_damaged_checkpoints_are_never_a_silent_new_start(finished, train, tmp_p
 def test_a_run_that_is_not_finite_stops_and_saves_nothing_of_it(train, tmp_path):
     done = train(
         tmp_path / "run", "--config.optimizer.learning_rate=1e30",
-        "--config.training.max_nonfinite_steps=3", "--config.training.checkpoint_every_steps=1",
+        "--config.training.max_skipped_steps=3", "--config.training.checkpoint_every_steps=1",
     )  # fmt: skip
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "loss or gradient not finite 3 times in a row" in line
+    assert "3 steps in a row skipped (config.training.max_skipped_steps)" in line
     chex.assert_tree_all_finite(restore_params(tmp_path / "run")[1])
 
 
