@@ -1,10 +1,11 @@
 """The device mesh and the one table from logical axes to mesh axes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -13,10 +14,12 @@ from asa_jax.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
-# Latents are shared by many heads and small, so every tensor shard keeps them whole.
+# Latents are shared by many heads and small, so every tensor shard keeps them whole. A 'row' is a
+# sequence that every device holds whole.
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "sequence": "context",
+    "row": None,
     "embed": "fsdp",
     "vocab": "tensor",
     "mlp": "tensor",
@@ -110,3 +113,83 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def sharded(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+    """Makes each device apply a function to its part of the arguments, by `jax.shard_map`.
+
+    XLA cannot divide the work of a kernel, so attention runs in this way.
+
+    Args:
+        function: of arrays, which it gets and returns as one device holds them.
+        in_axes: for each argument its logical axes.
+        out_axes: logical axes of the result, or a tree of them.
+
+    Returns:
+        A function of whole arrays; `function` itself without a mesh of several devices in context.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return function
+
+    def specs(axes: Any) -> Any:
+        return jax.tree.map(partition_spec, axes, is_leaf=_is_axes)
+
+    return jax.shard_map(
+        function, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False
+    )
+
+
+def own_groups(x: jax.Array) -> jax.Array:
+    """Takes the latent groups that serve the heads of this tensor shard, inside `sharded`.
+
+    Args:
+        x: [B, S, K, ...], the same on every tensor shard.
+
+    Returns:
+        [B, S, groups, ...]: K / shards groups, or one that several shards serve.
+
+    Raises:
+        ConfigError: the heads of a shard lie in parts of groups.
+    """
+    shards, groups = _tensor_shards(), x.shape[2]
+    check_groups(groups, shards)
+    if shards == 1:
+        return x
+    first = jax.lax.axis_index("tensor") * groups // shards
+    return jax.lax.dynamic_slice_in_dim(x, first, max(1, groups // shards), axis=2)
+
+
+def shards_per_group(groups: int) -> int:
+    """Tensor shards that share the heads of a latent group."""
+    return max(1, _tensor_shards() // groups)
+
+
+def gather_group(x: jax.Array, groups: int) -> jax.Array:
+    """Gathers the heads of a latent group from the tensor shards that share them.
+
+    Args:
+        x: [B, T, heads of this shard, ...].
+        groups: latent groups of all heads, fewer than there are tensor shards.
+
+    Returns:
+        [B, T, heads of the group, ...].
+    """
+    sharers = np.arange(_tensor_shards()).reshape(groups, -1).tolist()
+    return jax.lax.all_gather(x, "tensor", axis_index_groups=sharers, axis=2, tiled=True)
+
+
+def _tensor_shards() -> int:
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+
+
+def check_groups(groups: int, shards: int) -> None:
+    """Raises ConfigError unless each of `shards` gets whole latent groups, or a part of one."""
+    if groups % shards and shards % groups:
+        raise ConfigError(
+            f"config.mesh.tensor = {shards}: must divide model.num_latent_groups = {groups}, "
+            "or be a multiple of it"
+        )
+
+
+def _is_axes(tree: Any) -> bool:
+    return isinstance(tree, tuple) and all(isinstance(name, str) for name in tree)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from asa_jax.config import MAX_EVALUATION_TOKENS, Config
+from asa_jax.context_parallel import row_multiple
 from asa_jax.data.tokenizer import StreamingDecoder, Tokenizer
 from asa_jax.decoding.cache_bytes import allocated_bytes
 from asa_jax.decoding.settings import Sampling, check_request
@@ -138,8 +139,8 @@ class Generator:
 
     def _bucket(self, tokens: int) -> int:
         """The next of few lengths, so that few programs are compiled."""
-        # The context axis splits a row into whole blocks.
-        size = self._cfg.alignment * (self._mesh.shape["context"] if self._mesh else 1)
+        context = self._mesh.shape["context"] if self._mesh else 1
+        size = row_multiple(self._cfg.alignment, context)
         while size < max(tokens, MIN_BUCKET_TOKENS):
             size *= 2
         return size

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from asa_jax.config import Config
+from asa_jax.context_parallel import place_rows, row_multiple, row_order
 from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.errors import ConfigError, DataError
 from asa_jax.model.transformer import abstract_model
@@ -112,8 +113,7 @@ class Scorer:
                 )
 
     def _row_tokens(self, longest: int) -> int:
-        # The context axis splits a row into whole blocks.
-        tokens = self._alignment * self._mesh.shape["context"]
+        tokens = row_multiple(self._alignment, self._mesh.shape["context"])
         while tokens < max(longest, MIN_ROW_TOKENS):
             tokens *= 2
         return tokens
@@ -126,11 +126,14 @@ class Scorer:
         return num_rows
 
     def _run(self, batch: "Batch") -> tuple[np.ndarray, np.ndarray]:
+        context = self._mesh.shape["context"]
+        placed = tuple(place_rows(rows, context) for rows in batch)
+        order = row_order(batch.inputs.shape[1], context)
         with jax.set_mesh(self._mesh):
             nll, correct = self._score(
-                self._params, *jax.device_put(tuple(batch), batch_sharding(self._mesh))
+                self._params, *jax.device_put(placed, batch_sharding(self._mesh))
             )
-        return np.asarray(nll), np.asarray(correct)
+        return np.asarray(nll)[:, order], np.asarray(correct)[:, order]
 
 
 class Batch(NamedTuple):

@@ -15,7 +15,7 @@ def causal_attention(
     value: jax.Array,
     segment_ids: jax.Array,
     scale: float | None = None,
-    query_offset: jax.Array | int = 0,
+    query_offset: jax.Array | int | None = None,
 ) -> jax.Array:
     """Causal softmax attention within each document of a row.
 
@@ -25,12 +25,13 @@ def causal_attention(
         value: [B, S, K, h] with h <= H.
         segment_ids: int [B, S]; documents of a row, 0 for padding.
         scale: factor on the scores; None: 1 / sqrt(H).
-        query_offset: position in the row of the first query, S - T at most.
+        query_offset: position in the row of the first query, at most S - T; None: 0.
 
     Returns:
         [B, T, N, h], zero where segment_ids is 0.
     """
     length, value_dim = query.shape[1], value.shape[-1]
+    query_offset = 0 if query_offset is None else query_offset
     segments = jax.lax.dynamic_slice_in_dim(segment_ids, query_offset, length, axis=1)
     # The library asks for one head size; zero features of the value cost no correctness.
     value = jnp.pad(value, ((0, 0),) * 3 + ((0, key.shape[-1] - value_dim),))

@@ -13,13 +13,14 @@ The mean commutes with the up-projections, so latents are pooled. Training and d
 the absorbed form, q'_n = [W_UK,n^T qC_n ; qR_n] against latents: one fetch serves a whole group.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from asa_jax.config import ModelConfig
+from asa_jax.context_parallel import QUERY, SEGMENT_IDS, gather_rows, in_row_order, map_queries
 from asa_jax.model.block_cache import (
     block_mean,
     completed_block,
@@ -33,10 +34,15 @@ from asa_jax.model.cached_attention import attend_cache, fill, write, write_if
 from asa_jax.model.latent_attention import DecoupledQuery
 from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
 from asa_jax.model.rope import rotate
+from asa_jax.sharding import gather_group, own_groups, sharded, shards_per_group
 from pallas_kernels.blocks import number_of_blocks
 from pallas_kernels.compressed_attention import compressed_attention
 from pallas_kernels.select_blocks import select_blocks
 from pallas_kernels.selected_attention import selected_attention
+
+# Logical axes of latents and rotated keys, and of their block means; and of lists of blocks.
+LATENTS = (("batch", "sequence", "groups", "latent"), ("batch", "sequence", "latent")) * 2
+LISTS = ("batch", "sequence", "kv_heads", "block")
 
 
 class GlobalCache(NamedTuple):
@@ -86,7 +92,7 @@ class GroupLatentAttention(nnx.Module):
         query = self._absorb(*self.query(x, positions))
         latent, rope_key = self._compress(x, positions)
         compressed = self._pool(latent), self._pool(rope_key)
-        mixed, _ = self._attend(query, latent, rope_key, *compressed, segment_ids, self._gate(x))
+        mixed, _ = self._attend(query, self._gate(x), latent, rope_key, *compressed, segment_ids)
         return self._project_out(mixed)
 
     def init_cache(self, batch: int, max_length: int, dtype: jnp.dtype) -> GlobalCache:
@@ -115,15 +121,15 @@ class GroupLatentAttention(nnx.Module):
         latent, rope_key = self._compress(x, positions)
         compressed = self._pool(latent), self._pool(rope_key)
         mixed, block_indices = self._attend(
-            query, latent, rope_key, *compressed, segment_ids, self._gate(x)
+            query, self._gate(x), latent, rope_key, *compressed, segment_ids
         )
-        cache = GlobalCache(
-            fill(cache.latent, latent),
-            fill(cache.rope_key, rope_key),
-            fill(cache.compressed_latent, compressed[0]),
-            fill(cache.compressed_rope_key, compressed[1]),
-            last_selection(block_indices, lengths, self.cfg),
+        rows = (
+            in_row_order(array, *axes)
+            for array, axes in zip((latent, rope_key, *compressed), LATENTS, strict=True)
         )
+        filled = [fill(old, new) for old, new in zip(cache[:4], rows, strict=True)]
+        lists = in_row_order(block_indices, *LISTS)
+        cache = GlobalCache._make([*filled, last_selection(lists, lengths, self.cfg)])
         return self._project_out(mixed), cache
 
     def decode(
@@ -167,45 +173,88 @@ class GroupLatentAttention(nnx.Module):
     def _project_out(self, mixed: jax.Array) -> jax.Array:
         return self.output("BTNH,NHD->BTD", self.value_up("BTNR,RNH->BTNH", mixed))
 
-    def _attend(
+    def _attend(self, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gated sum of both branches over latents [B, T, N, R], and the lists [B, M, K, L].
+
+        Args:
+            *arrays: query, gates, latent, rope_key, compressed_latent, compressed_rope_key,
+                segment_ids.
+        """
+        attend = sharded(self._attend_part, (QUERY, QUERY, *LATENTS, SEGMENT_IDS), (QUERY, LISTS))
+        mixed, block_indices = attend(*arrays)
+        # More tensor shards than groups make the list of a group several times.
+        copies = block_indices.shape[2] // self.cfg.num_latent_groups
+        return mixed, block_indices[:, :, ::copies]
+
+    def _attend_part(
         self,
         query: jax.Array,
+        gates: jax.Array,
         latent: jax.Array,
         rope_key: jax.Array,
         compressed_latent: jax.Array,
         compressed_rope_key: jax.Array,
         segment_ids: jax.Array,
-        gates: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Gated sum of both branches over latents [B, T, N, R], and the lists [B, M, K, L]."""
-        rank = self.cfg.group_kv_lora_rank
-        key = _join(latent, rope_key[:, :, None])
-        compressed_key = _join(compressed_latent, compressed_rope_key[:, :, None])
+        """One device's heads and part of each row, against the latents of whole rows."""
+        latent, rope_key = gather_rows(latent, rope_key)
+        compressed_latent, compressed_rope_key = gather_rows(compressed_latent, compressed_rope_key)
+        key = _join(own_groups(latent), rope_key[:, :, None])
+        compressed_key = _join(own_groups(compressed_latent), compressed_rope_key[:, :, None])
+
+        def attend(
+            query: jax.Array, gates: jax.Array, query_offset: jax.Array | None
+        ) -> tuple[jax.Array, jax.Array]:
+            row = {
+                "segment_ids": segment_ids,
+                "query_offset": query_offset,
+                "scale": self.scale,
+                "implementation": self.cfg.implementation,
+            }
+            return self._attend_rows(query, gates, key, compressed_key, row)
+
+        return map_queries(attend, query, gates)
+
+    def _attend_rows(
+        self,
+        query: jax.Array,
+        gates: jax.Array,
+        key: jax.Array,
+        compressed_key: jax.Array,
+        row: dict[str, Any],
+    ) -> tuple[jax.Array, jax.Array]:
+        """Queries against whole rows; `row` holds what the three operations take alike."""
+        cfg = self.cfg
         compressed, lse = compressed_attention(
-            query, compressed_key, None, value_dim=rank, segment_ids=segment_ids, scale=self.scale,
-            block_size=self.cfg.compression_block_size, stride=self.cfg.compression_stride,
-            implementation=self.cfg.implementation,
+            query, compressed_key, None, value_dim=cfg.group_kv_lora_rank,
+            block_size=cfg.compression_block_size, stride=cfg.compression_stride, **row,
         )  # fmt: skip
-        block_indices = self._select(query, compressed_key, lse, segment_ids)
+        block_indices = self._select(query, compressed_key, lse, row)
         selected, _ = selected_attention(
-            query, key, None, block_indices, value_dim=rank, segment_ids=segment_ids,
-            block_size=self.cfg.selection_block_size, scale=self.scale,
-            queries_per_selection=self.cfg.queries_per_selection,
-            implementation=self.cfg.implementation,
+            query, key, None, block_indices, value_dim=cfg.group_kv_lora_rank,
+            block_size=cfg.selection_block_size,
+            queries_per_selection=cfg.queries_per_selection, **row,
         )  # fmt: skip
         return _mix(gates, compressed, selected), block_indices
 
     def _select(
-        self, query: jax.Array, compressed_key: jax.Array, lse: jax.Array, segment_ids: jax.Array
+        self, query: jax.Array, compressed_key: jax.Array, lse: jax.Array, row: dict[str, Any]
     ) -> jax.Array:
+        """The lists [B, M, K, L], by all heads of a group even if this device has some of them."""
+        cfg, every = self.cfg, self.cfg.queries_per_selection
+        if shards_per_group(cfg.num_latent_groups) > 1:
+            # Only the first query of each list counts, so only that one travels.
+            query, lse = (
+                jnp.repeat(gather_group(x[:, ::every], cfg.num_latent_groups), every, axis=1)
+                for x in jax.lax.stop_gradient((query, lse))
+            )
         return select_blocks(
-            query, compressed_key, lse, segment_ids=segment_ids, scale=self.scale,
-            num_selected_blocks=self.cfg.num_selected_blocks,
-            block_size=self.cfg.selection_block_size,
-            compression_block_size=self.cfg.compression_block_size,
-            compression_stride=self.cfg.compression_stride,
-            queries_per_selection=self.cfg.queries_per_selection,
-            implementation=self.cfg.implementation,
+            query, compressed_key, lse,
+            num_selected_blocks=cfg.num_selected_blocks,
+            block_size=cfg.selection_block_size,
+            compression_block_size=cfg.compression_block_size,
+            compression_stride=cfg.compression_stride,
+            queries_per_selection=every, **row,
         )  # fmt: skip
 
     def _complete_block(self, cache: GlobalCache, position: jax.Array) -> GlobalCache:

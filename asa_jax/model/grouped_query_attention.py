@@ -7,11 +7,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from asa_jax.config import ModelConfig
+from asa_jax.context_parallel import (
+    KEY,
+    QUERY,
+    SEGMENT_IDS,
+    gather_rows,
+    in_row_order,
+    map_queries,
+    map_windows,
+)
 from asa_jax.model.cached_attention import attend_cache, fill, fill_ring, ring_positions, write
 from asa_jax.model.causal_attention import causal_attention
 from asa_jax.model.layers import Projection, residual_stddev
 from asa_jax.model.rope import rotate
-from asa_jax.sharding import constrain
+from asa_jax.sharding import constrain, sharded
 from pallas_kernels.sliding_window_attention import sliding_window_attention
 
 
@@ -57,13 +66,15 @@ class GroupedQueryAttention(nnx.Module):
     ) -> tuple[jax.Array, GroupedQueryCache]:
         """As `__call__` for prompts of `lengths` [B] tokens, and fills the cache with them."""
         query, key, value = self._project(x, positions)
+        output = self._attend(query, key, value, segment_ids)
+        key, value = in_row_order(key, *KEY), in_row_order(value, *KEY)
         if self.window_size is None:
             cache = GroupedQueryCache(fill(cache.key, key), fill(cache.value, value))
         else:
             cache = GroupedQueryCache(
                 fill_ring(cache.key, key, lengths), fill_ring(cache.value, value, lengths)
             )
-        return self._attend(query, key, value, segment_ids), cache
+        return output, cache
 
     def decode(
         self, x: jax.Array, position: jax.Array, cache: GroupedQueryCache
@@ -91,11 +102,30 @@ class GroupedQueryAttention(nnx.Module):
     def _attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
     ) -> jax.Array:
-        if self.window_size is None:
-            output = causal_attention(query, key, value, segment_ids)
-        else:
+        attend = sharded(self._attend_part, (QUERY, KEY, KEY, SEGMENT_IDS), QUERY)
+        return self.output("BTNH,NHD->BTD", attend(query, key, value, segment_ids))
+
+    def _attend_part(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+    ) -> jax.Array:
+        """Attention of one device's heads and part of each row: [B, T, N, h]."""
+        window = self.window_size
+        if window is None:
+            key, value = gather_rows(key, value)
+            return map_queries(
+                lambda query, offset: causal_attention(
+                    query, key, value, segment_ids, query_offset=offset
+                ),
+                query,
+            )
+
+        def attend(
+            query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+        ) -> jax.Array:
             output, _ = sliding_window_attention(
-                query, key, value, window_size=self.window_size, segment_ids=segment_ids,
+                query, key, value, window_size=window, segment_ids=segment_ids,
                 implementation=self.cfg.implementation,
             )  # fmt: skip
-        return self.output("BTNH,NHD->BTD", output)
+            return output
+
+        return map_windows(attend, window - 1, (query,), (key, value), segment_ids)

@@ -19,12 +19,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from asa_jax.config import ModelConfig
+from asa_jax.context_parallel import (
+    QUERY,
+    SEGMENT_IDS,
+    gather_rows,
+    in_row_order,
+    map_queries,
+    map_windows,
+)
 from asa_jax.model.cached_attention import attend_cache, fill, fill_ring, ring_positions, write
 from asa_jax.model.causal_attention import causal_attention
 from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
 from asa_jax.model.rope import rotate
-from asa_jax.sharding import constrain
+from asa_jax.sharding import constrain, sharded
 from pallas_kernels.sliding_window_attention import sliding_window_attention
+
+LATENT = ("batch", "sequence", "latent")
+UP_AXES = ("latent", "heads", "head_dim")
 
 
 class LatentCache(NamedTuple):
@@ -64,15 +75,14 @@ class LatentAttention(nnx.Module):
     def __init__(self, cfg: ModelConfig, window_size: int | None, *, rngs: nnx.Rngs) -> None:
         self.cfg, self.window_size = cfg, window_size
         size, rank, heads, std = cfg.hidden_size, cfg.kv_lora_rank, cfg.num_heads, cfg.init_stddev
-        up_axes = ("latent", "heads", "head_dim")
         self.query = DecoupledQuery(cfg, rngs=rngs)
         self.down = Projection((size, rank), ("embed", "latent"), std, rngs=rngs)
         self.norm = RMSNorm(rank, cfg.norm_epsilon)
         self.rope_key = Projection(
             (size, cfg.qk_rope_head_dim), ("embed", "head_dim"), std, rngs=rngs
         )
-        self.key_up = Projection((rank, heads, cfg.qk_nope_head_dim), up_axes, std, rngs=rngs)
-        self.value_up = Projection((rank, heads, cfg.v_head_dim), up_axes, std, rngs=rngs)
+        self.key_up = Projection((rank, heads, cfg.qk_nope_head_dim), UP_AXES, std, rngs=rngs)
+        self.value_up = Projection((rank, heads, cfg.v_head_dim), UP_AXES, std, rngs=rngs)
         self.output = Projection(
             (heads, cfg.v_head_dim, size), ("heads", "head_dim", "embed"), residual_stddev(cfg),
             rngs=rngs,
@@ -105,6 +115,8 @@ class LatentAttention(nnx.Module):
         """As `__call__` for prompts of `lengths` [B] tokens, and fills the cache with them."""
         nope, rope = self.query(x, positions)
         latent, rope_key = self._compress(x, positions)
+        output = self._attend(nope, rope, latent, rope_key, segment_ids)
+        latent, rope_key = in_row_order(latent, *LATENT), in_row_order(rope_key, *LATENT)
         if self.window_size is None:
             cache = LatentCache(fill(cache.latent, latent), fill(cache.rope_key, rope_key))
         else:
@@ -112,7 +124,6 @@ class LatentAttention(nnx.Module):
                 fill_ring(cache.latent, latent, lengths),
                 fill_ring(cache.rope_key, rope_key, lengths),
             )
-        output = self._attend(nope, rope, latent, rope_key, segment_ids)
         return self.output("BTNH,NHD->BTD", output), cache
 
     def decode(
@@ -149,15 +160,52 @@ class LatentAttention(nnx.Module):
         segment_ids: jax.Array,
     ) -> jax.Array:
         """Attention over expanded keys and values: [B, T, N, h]."""
-        key = self.key_up("BTR,RNH->BTNH", latent)
-        shared = jnp.broadcast_to(rope_key[:, :, None], (*key.shape[:3], rope_key.shape[-1]))
-        key = jnp.concatenate([key, shared], axis=-1)
-        value = self.value_up("BTR,RNH->BTNH", latent)
+        attend = sharded(
+            self._attend_part, (QUERY, LATENT, LATENT, UP_AXES, UP_AXES, SEGMENT_IDS), QUERY
+        )
         query = jnp.concatenate([nope, rope], axis=-1)
-        if self.window_size is None:
-            return causal_attention(query, key, value, segment_ids, self.scale)
-        output, _ = sliding_window_attention(
-            query, key, value, window_size=self.window_size, segment_ids=segment_ids,
-            scale=self.scale, implementation=self.cfg.implementation,
-        )  # fmt: skip
-        return output
+        up = (w.weight[...].astype(latent.dtype) for w in (self.key_up, self.value_up))
+        return attend(query, latent, rope_key, *up, segment_ids)
+
+    def _attend_part(
+        self,
+        query: jax.Array,
+        latent: jax.Array,
+        rope_key: jax.Array,
+        key_up: jax.Array,
+        value_up: jax.Array,
+        segment_ids: jax.Array,
+    ) -> jax.Array:
+        """Attention of one device's heads and part of each row; latents travel, not keys."""
+        window = self.window_size
+        if window is None:
+            latent, rope_key = gather_rows(latent, rope_key)
+            key, value = _expand(latent, rope_key, key_up, value_up)
+            return map_queries(
+                lambda query, offset: causal_attention(
+                    query, key, value, segment_ids, self.scale, offset
+                ),
+                query,
+            )
+
+        def attend(
+            query: jax.Array, latent: jax.Array, rope_key: jax.Array, segment_ids: jax.Array
+        ) -> jax.Array:
+            key, value = _expand(latent, rope_key, key_up, value_up)
+            output, _ = sliding_window_attention(
+                query, key, value, window_size=window, segment_ids=segment_ids,
+                scale=self.scale, implementation=self.cfg.implementation,
+            )  # fmt: skip
+            return output
+
+        return map_windows(attend, window - 1, (query,), (latent, rope_key), segment_ids)
+
+
+def _expand(
+    latent: jax.Array, rope_key: jax.Array, key_up: jax.Array, value_up: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Keys [B, T, N, HC + HR] and values [B, T, N, h] of latents [B, T, R]."""
+    key = jnp.einsum("BTR,RNH->BTNH", latent, key_up)
+    shared = jnp.broadcast_to(rope_key[:, :, None], (*key.shape[:3], rope_key.shape[-1]))
+    key = jnp.concatenate([key, shared], axis=-1)
+    return key, jnp.einsum("BTR,RNH->BTNH", latent, value_up)

@@ -9,13 +9,23 @@ unrotated keys plus a code of the place inside the block, rotated to the positio
 starts; means are of rotated keys. Any subset of the branches makes the ablations.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from asa_jax.config import ModelConfig
+from asa_jax.context_parallel import (
+    KEY,
+    QUERY,
+    SEGMENT_IDS,
+    gather_rows,
+    in_row_order,
+    map_chunks,
+    map_queries,
+    map_windows,
+)
 from asa_jax.model.block_cache import (
     block_mean,
     completed_block,
@@ -35,12 +45,14 @@ from asa_jax.model.cached_attention import (
 )
 from asa_jax.model.layers import Projection, normal_param, residual_stddev
 from asa_jax.model.rope import rotate
-from asa_jax.sharding import constrain
+from asa_jax.sharding import constrain, sharded
 from pallas_kernels.blocks import number_of_blocks
 from pallas_kernels.compressed_attention import compressed_attention
 from pallas_kernels.select_blocks import select_blocks
 from pallas_kernels.selected_attention import selected_attention
 from pallas_kernels.sliding_window_attention import sliding_window_attention
+
+LISTS = ("batch", "sequence", "kv_heads", "block")
 
 
 class KeyValue(NamedTuple):
@@ -107,6 +119,9 @@ class NativeSparseAttention(nnx.Module):
             self.key_summary = BlockSummary(cfg, rngs=rngs)
             self.value_summary = BlockSummary(cfg, rngs=rngs)
         self.scale = cfg.head_dim**-0.5
+        # Where a row is shared, a summary stands where its block ends, and the first blocks of
+        # these begin before the row.
+        self.incomplete_blocks = cfg.compression_block_size // cfg.compression_stride - 1
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
@@ -149,13 +164,16 @@ class NativeSparseAttention(nnx.Module):
             if part is None:
                 return None
             put = (lambda old, new: fill_ring(old, new, lengths)) if ring else fill
-            return KeyValue(*map(put, part, pairs[branch]))
+            return KeyValue(*map(put, part, (in_row_order(a, *KEY) for a in pairs[branch])))
 
         compressed = cache.compressed
         if compressed is not None:
-            compressed = KeyValue(*map(fill, compressed, self._compress(pairs, positions)))
+            summaries = self._compress(pairs, positions)
+            rows = (in_row_order(a, *KEY, skip=self.incomplete_blocks) for a in summaries)
+            compressed = KeyValue(*map(fill, compressed, rows))
         if block_indices is not None:
-            block_indices = last_selection(block_indices, lengths, self.cfg)
+            lists = in_row_order(block_indices, *LISTS)
+            block_indices = last_selection(lists, lengths, self.cfg)
         return output, SparseCache(
             tokens=fill_pair(cache.tokens, "selection", ring=False),
             window=fill_pair(cache.window, "window", ring=True),
@@ -217,9 +235,20 @@ class NativeSparseAttention(nnx.Module):
     def _compress(self, pairs: dict[str, KeyValue], positions: jax.Array) -> KeyValue:
         cfg = self.cfg
         size, stride = cfg.compression_block_size, cfg.compression_stride
-        key, value = (cut_blocks(a, size, stride) for a in pairs["compression"])
-        starts = cut_blocks(positions, size, stride)[:, :, 0]
-        return self._summarise(key, value, starts)
+
+        def cut(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+            """Blocks [B, C, l, ...] of tokens [B, T, ...]."""
+            blocks = sharded(
+                lambda part: map_chunks(
+                    lambda chunk: cut_blocks(chunk, size, stride), size - stride, (part,)
+                ),
+                (axes,),
+                ("batch", "sequence", "block", *axes[2:]),
+            )
+            return blocks(x)
+
+        key, value = (cut(a, KEY) for a in pairs["compression"])
+        return self._summarise(key, value, cut(positions, ("batch", "sequence"))[:, :, 0])
 
     def _summarise(self, key: jax.Array, value: jax.Array, starts: jax.Array) -> KeyValue:
         """Summaries of blocks [B, C, l, K, H] that start at positions [B, C]."""
@@ -237,36 +266,80 @@ class NativeSparseAttention(nnx.Module):
         segment_ids: jax.Array,
     ) -> tuple[jax.Array, jax.Array | None]:
         """The layer's output [B, T, D] and the lists [B, M, K, L] if there is selection."""
-        cfg, outputs, block_indices = self.cfg, {}, None
+        cfg = self.cfg
         if "compression" in pairs:
-            compressed = self._compress(pairs, positions)
-            outputs["compression"], lse = compressed_attention(
-                query, *compressed, block_size=cfg.compression_block_size,
-                stride=cfg.compression_stride, segment_ids=segment_ids,
-                implementation=cfg.implementation,
-            )  # fmt: skip
-        if "selection" in pairs:
-            block_indices = select_blocks(
-                query, compressed.key, lse, segment_ids=segment_ids,
-                num_selected_blocks=cfg.num_selected_blocks,
-                block_size=cfg.selection_block_size,
-                compression_block_size=cfg.compression_block_size,
-                compression_stride=cfg.compression_stride,
-                queries_per_selection=cfg.queries_per_selection,
-                implementation=cfg.implementation,
-            )  # fmt: skip
-            outputs["selection"], _ = selected_attention(
-                query, *pairs["selection"], block_indices, segment_ids=segment_ids,
-                block_size=cfg.selection_block_size,
-                queries_per_selection=cfg.queries_per_selection,
-                implementation=cfg.implementation,
-            )  # fmt: skip
-        if "window" in pairs:
-            outputs["window"], _ = sliding_window_attention(
-                query, *pairs["window"], window_size=cfg.window_size, segment_ids=segment_ids,
-                implementation=cfg.implementation,
-            )  # fmt: skip
+            pairs = pairs | {"compression": self._compress(pairs, positions)}
+        outputs = dict.fromkeys(cfg.nsa_branches, QUERY)
+        attend = sharded(
+            self._attend_part,
+            (QUERY, dict.fromkeys(pairs, KEY), SEGMENT_IDS),
+            (outputs, LISTS if "selection" in pairs else None),
+        )
+        outputs, block_indices = attend(query, pairs, segment_ids)
         return self._combine(x, outputs), block_indices
+
+    def _attend_part(
+        self, query: jax.Array, pairs: dict[str, KeyValue], segment_ids: jax.Array
+    ) -> tuple[dict[str, jax.Array], jax.Array | None]:
+        """Each branch's output for one device's heads and part of each row, and the lists.
+
+        The pair of `compression` are summaries.
+        """
+        outputs, block_indices = {}, None
+        if "compression" in pairs:
+            compressed = KeyValue(*gather_rows(*pairs["compression"], skip=self.incomplete_blocks))
+            tokens = KeyValue(*gather_rows(*pairs["selection"])) if "selection" in pairs else None
+            row = {"segment_ids": segment_ids, "implementation": self.cfg.implementation}
+            outputs, block_indices = map_queries(
+                lambda query, offset: self._attend_blocks(
+                    query, compressed, tokens, {**row, "query_offset": offset}
+                ),
+                query,
+            )
+        if "window" in pairs:
+            outputs["window"] = self._attend_recent(query, pairs["window"], segment_ids)
+        return outputs, block_indices
+
+    def _attend_blocks(
+        self,
+        query: jax.Array,
+        compressed: KeyValue,
+        tokens: KeyValue | None,
+        row: dict[str, Any],
+    ) -> tuple[dict[str, jax.Array], jax.Array | None]:
+        """Queries against blocks of whole rows; `row` holds what the operations take alike."""
+        cfg = self.cfg
+        output, lse = compressed_attention(
+            query, *compressed, block_size=cfg.compression_block_size,
+            stride=cfg.compression_stride, **row,
+        )  # fmt: skip
+        if tokens is None:
+            return {"compression": output}, None
+        block_indices = select_blocks(
+            query, compressed.key, lse,
+            num_selected_blocks=cfg.num_selected_blocks,
+            block_size=cfg.selection_block_size,
+            compression_block_size=cfg.compression_block_size,
+            compression_stride=cfg.compression_stride,
+            queries_per_selection=cfg.queries_per_selection, **row,
+        )  # fmt: skip
+        selected, _ = selected_attention(
+            query, *tokens, block_indices, block_size=cfg.selection_block_size,
+            queries_per_selection=cfg.queries_per_selection, **row,
+        )  # fmt: skip
+        return {"compression": output, "selection": selected}, block_indices
+
+    def _attend_recent(self, query: jax.Array, pair: KeyValue, segment_ids: jax.Array) -> jax.Array:
+        def attend(
+            query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+        ) -> jax.Array:
+            output, _ = sliding_window_attention(
+                query, key, value, window_size=self.cfg.window_size, segment_ids=segment_ids,
+                implementation=self.cfg.implementation,
+            )  # fmt: skip
+            return output
+
+        return map_windows(attend, self.cfg.window_size - 1, (query,), pair, segment_ids)
 
     def _combine(self, x: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
         gates = jax.nn.sigmoid(self.gates("BTD,DNE->BTNE", x))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from asa_jax.config import ModelConfig
+from asa_jax.context_parallel import context_size, in_row_order, placement, row_order
 from asa_jax.model.global_attention import GroupLatentAttention
 from asa_jax.model.grouped_query_attention import GroupedQueryAttention
 from asa_jax.model.latent_attention import LatentAttention
@@ -105,6 +106,9 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """Hidden states after the final norm.
 
+        Where the mesh in context has several devices on its context axis, tokens come and hidden
+        states go in the order of `context_parallel.placement`.
+
         Args:
             inputs: int [B, T] token ids in [0, V).
             positions: int [B, T], from the start of each document.
@@ -120,6 +124,8 @@ class Transformer(nnx.Module):
                 x = layer(x, positions, segment_ids)
             return x, None
 
+        # Attention asks for the documents of whole rows, in order; the ids are small.
+        segment_ids = in_row_order(segment_ids, "batch", "sequence")
         x = constrain(self.embedding(inputs), "batch", "sequence", "activation")
         x, _ = self._run(rematerialised(apply, self.cfg.remat), x, None)
         return self.final_norm(x)
@@ -151,8 +157,11 @@ class Transformer(nnx.Module):
         Returns:
             Hidden states of the last token of each prompt [B, D], and the cache.
         """
-        positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-        segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+        length, context = inputs.shape[1], context_size()
+        segment_ids = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
+        if context > 1:
+            inputs = constrain(inputs[:, placement(length, context)], "batch", "sequence")
+        positions = jnp.broadcast_to(placement(length, context), inputs.shape)
 
         def apply(group: LayerGroup, x: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
             filled = []
@@ -162,7 +171,7 @@ class Transformer(nnx.Module):
             return x, filled
 
         x, cache = self._run(apply, self.embedding(inputs), cache)
-        last = x[jnp.arange(x.shape[0]), lengths - 1]
+        last = x[jnp.arange(x.shape[0]), jnp.asarray(row_order(length, context))[lengths - 1]]
         return self.final_norm(last), cache
 
     def decode(self, tokens: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:

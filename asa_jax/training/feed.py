@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from asa_jax.config import Config
+from asa_jax.context_parallel import place_rows
 from asa_jax.data.pipeline import TrainIterator, validation_batches
 from asa_jax.data.shards import TokenFolder
 from asa_jax.sharding import batch_sharding
@@ -38,7 +39,7 @@ class Feed:
         """
         self._limit = config.training.eval_batches
         self._sources = sources
-        self._sharding = batch_sharding(mesh)
+        self._sharding, self._context = batch_sharding(mesh), mesh.shape["context"]
         self._rows: dict[str, Any] = {
             "sequence_length": config.data.sequence_length,
             "batch_size": config.data.batch_size,
@@ -78,6 +79,8 @@ class Feed:
         shape = (self._rows["batch_size"], length)
 
         def place(rows: np.ndarray) -> jax.Array:
+            rows = place_rows(rows, self._context)
+
             def shard(index: Any) -> np.ndarray:
                 start, stop, _ = index[0].indices(shape[0])
                 return rows[start - first : stop - first, index[1]]

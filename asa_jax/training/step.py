@@ -12,13 +12,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from asa_jax.config import Config
+from asa_jax.context_parallel import row_multiple
 from asa_jax.errors import ConfigError
 from asa_jax.model.transformer import abstract_model, init_params
-from asa_jax.sharding import batch_sharding, param_shardings
+from asa_jax.sharding import batch_sharding, check_groups, param_shardings
 from asa_jax.training.losses import token_nll
 from asa_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
-# inputs, targets, positions, segment_ids: int32 [B, T] each.
+# inputs, targets, positions, segment_ids: int32 [B, T] each, tokens in the order of
+# `context_parallel.placement`.
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -82,7 +84,7 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
     Raises:
         ConfigError: the batch or a parameter does not divide over the mesh.
     """
-    _check_batch(config, mesh)
+    _check_mesh(config, mesh)
     graphdef, shapes, axes = abstract_model(config.model)
     optimizer = make_optimizer(config.optimizer, config.training.steps, axes)
 
@@ -222,7 +224,9 @@ def _accumulate(
     return jax.lax.scan(body, zeros, parted)[0]
 
 
-def _check_batch(config: Config, mesh: Mesh) -> None:
+def _check_mesh(config: Config, mesh: Mesh) -> None:
+    if "global" in config.model.layer_kinds:
+        check_groups(config.model.num_latent_groups, mesh.shape["tensor"])
     rows = config.data.batch_size // config.optimizer.accumulation_steps
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % shards:
@@ -231,11 +235,11 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
             f"mesh.data * mesh.fsdp * optimizer.accumulation_steps = "
             f"{shards * config.optimizer.accumulation_steps}"
         )
-    blocks = config.model.alignment * mesh.shape["context"]
-    if config.data.sequence_length % blocks:
+    multiple = row_multiple(config.model.alignment, mesh.shape["context"])
+    if config.data.sequence_length % multiple:
         raise ConfigError(
             f"config.data.sequence_length = {config.data.sequence_length}: must be a multiple of "
-            f"mesh.context * model.selection_block_size = {blocks}"
+            f"2 * mesh.context * model.selection_block_size = {multiple}"
         )
 
 

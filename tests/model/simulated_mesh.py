@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from asa_jax.config import MeshConfig, ModelConfig
+from asa_jax.context_parallel import place_rows
 from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import MESH_AXES, batch_sharding, make_mesh, param_shardings
 from tests.model.layer_cases import one_document
@@ -41,7 +42,8 @@ def compare(kinds: tuple[str, ...], sizes: list[int]) -> dict[str, float]:
             functools.partial(loss_and_gradients, graphdef), out_shardings=(None, shardings)
         )
         sharded = jax.device_put(params, shardings)
-        batch = jax.device_put(make_batch(cfg), batch_sharding(mesh))
+        batch = [place_rows(rows, mesh.shape["context"]) for rows in make_batch(cfg)]
+        batch = jax.device_put(batch, batch_sharding(mesh))
         loss, gradients = step(sharded, batch)
     expected_loss, expected = single_device(cfg)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from asa_jax.config import MeshConfig, config_from_dict
+from asa_jax.context_parallel import place_rows
 from asa_jax.sharding import batch_sharding, make_mesh
 from asa_jax.training.checkpoint import make_meta, restore_params, restore_state
 from asa_jax.training.checkpoint_writer import CheckpointWriter
@@ -63,6 +64,9 @@ def main() -> None:
             )
             values = []
             for batch in batches(config):
+                batch = {
+                    name: place_rows(rows, config.mesh.context) for name, rows in batch.items()
+                }
                 batch = jax.device_put(batch, batch_sharding(mesh))
                 state, metrics = trainer.step(state, batch)
                 values += [float(metrics["loss"]), float(metrics["grad_norm"])]

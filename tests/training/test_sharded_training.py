@@ -23,12 +23,17 @@ MESHES = [
     {"data": 8, "fsdp": 1, "tensor": 1, "context": 1},
     {"data": 2, "fsdp": 4, "tensor": 1, "context": 1},
 ]
+CONTEXT_MESHES = [
+    *MESHES[:2],
+    {"data": 1, "fsdp": 1, "tensor": 1, "context": 2},
+    {"data": 1, "fsdp": 2, "tensor": 1, "context": 2},
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "optimizer", "meshes"),
-    [(("sliding", "sliding"), "muon", MESHES), (("local", "global"), "adamw", MESHES[:2])],
+    [(("sliding", "sliding"), "muon", MESHES), (("local", "global"), "adamw", CONTEXT_MESHES)],
 )
 def test_every_mesh_gives_the_losses_of_one_device(make_config, tmp_path, kinds, optimizer, meshes):
     config = make_config(
@@ -70,7 +75,7 @@ def test_a_batch_that_does_not_divide_is_refused_before_compiling(make_config, b
     mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 1, "context": 4})
     with pytest.raises(ConfigError, match=r"config.data.batch_size = 6: .* = 4"):
         make_trainer(make_config(**{"data.batch_size": 6}), mesh, byte_lengths)
-    with pytest.raises(ConfigError, match=r"config.data.sequence_length = 48: .* = 32"):
+    with pytest.raises(ConfigError, match=r"config.data.sequence_length = 48: .* = 64"):
         make_trainer(make_config(**{"data.sequence_length": 48}), mesh, byte_lengths)
 
 
