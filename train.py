@@ -7,8 +7,12 @@
 Any field of the configuration can be set by a flag. The same command again goes on from the newest
 intact checkpoint, or says that the run is finished.
 
+On many hosts the same command runs once a host or once a device, started by Slurm, Open MPI or
+Kubernetes, or with --coordinator_address, --num_processes and --process_id; docs/clusters.md.
+
 Exit codes: 0 the run is finished; 1 it cannot go on (damaged checkpoints, full disk, losses that
-are not finite); 2 a flag or field is wrong; 130 or 143 Ctrl-C or SIGTERM stopped it, after saving.
+are not finite, another process lost); 2 a flag or field is wrong; 130 or 143 Ctrl-C or SIGTERM
+stopped it, after saving.
 """
 
 from asa_jax.flags import exit_on_error, run_command
@@ -19,6 +23,7 @@ if __name__ == "__main__":
     RUN = exit_on_error(start_run)
 
 import contextlib
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,8 +40,9 @@ from asa_jax.training.checkpoint_writer import CheckpointWriter
 from asa_jax.training.compilation_cache import use_compilation_cache
 from asa_jax.training.feed import Feed
 from asa_jax.training.metrics import METRICS, PLOT, TENSORBOARD
+from asa_jax.training.processes import check_shared, joined
 from asa_jax.training.profile import ProfileWindow
-from asa_jax.training.run_directory import CHECKPOINTS
+from asa_jax.training.run_directory import CHECKPOINTS, CONFIG
 from asa_jax.training.run_log import RunLog, bits_per_byte
 from asa_jax.training.signals import StopSignals
 from asa_jax.training.step import Trainer, TrainState, make_trainer
@@ -46,8 +52,15 @@ SAMPLE_PROMPT, SAMPLE_TOKENS = "The ", 60
 
 
 def main(run: Run) -> int:
-    """Trains until the last step or a signal; returns the exit code."""
+    """Trains until the last step or a signal, with the other processes; returns the exit code."""
     use_compilation_cache()
+    with joined(run.launch):
+        check_shared(run.workdir / CONFIG)
+        return train_run(run)
+
+
+def train_run(run: Run) -> int:
+    """Sets up mesh, data, model and state, and trains; returns the exit code."""
     mesh = make_mesh(run.config.mesh)
     with jax.set_mesh(mesh), StopSignals() as stop, Feed(run.config, run.sources, mesh) as feed:
         trainer = make_trainer(run.config, mesh, run.sources[0].tokenizer().byte_lengths())
@@ -91,6 +104,7 @@ def train(
         log.print(
             f"{'resumes after' if start else 'starts at'} step {start} of {config.steps}: "
             f"{num_params:,} parameters on {jax.device_count()} {jax.devices()[0].device_kind}"
+            + ("" if run.launch.alone else f" in {jax.process_count()} processes")
         )
         log.print(dispatch.describe(run.config.model.implementation))
         for step in range(start + 1, config.steps + 1):
@@ -99,19 +113,21 @@ def train(
             state, metrics = trainer.step(state, batch)
             log.push(step, metrics, waited)
 
-            last = step == config.steps or stop.received is not None
+            stopping = stop.arrived()
+            last = stopping or step == config.steps
             if last or step % config.checkpoint_every_steps == 0:
                 log.flush()
                 checkpoints.save(state, feed.train.get_state(), meta)
                 log.restart_clock()
-            if stop.received is not None and step < config.steps:
+            if stopping and step < config.steps:
                 log.print(f"stopped after step {step}; the same command goes on from there")
                 return False
             if last or (config.eval_every_steps and step % config.eval_every_steps == 0):
                 log.flush()
                 log.evaluation(step, evaluate(trainer, state.params, feed))
                 log.restart_clock()
-        log.print(f"a sample:\n{sample(run, state.params, trainer.mesh)}\n")
+        if run.launch.alone:  # tokens are drawn in one process
+            log.print(f"a sample:\n{sample(run, state.params, trainer.mesh)}\n")
     return True
 
 
@@ -154,4 +170,5 @@ def report(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(RUN))
+    # At a normal exit jax would wait for processes that may be gone.
+    run_command(lambda: main(RUN), leave=sys.exit if RUN.launch.alone else os._exit)

@@ -103,11 +103,14 @@ def exit_on_error[T](parse: Callable[[], T]) -> T:
         sys.exit(_fail(lines[-1], ConfigError.exit_code))
 
 
-def run_command(main: Callable[[], int | None]) -> NoReturn:
+def run_command(
+    main: Callable[[], int | None], leave: Callable[[int], NoReturn] = sys.exit
+) -> NoReturn:
     """Runs a command and exits: its user errors become one line on stderr and their exit code.
 
     Args:
         main: the command; returns its exit code, None for 0.
+        leave: ends the process with a code.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", force=True)
     # Orbax and tensorstore print, with tracebacks, errors of writing that they also raise.
@@ -118,7 +121,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:
         _discard_output()
-    sys.exit(code)
+    leave(code)
 
 
 def _guarded(main: Callable[[], int | None]) -> int:
@@ -143,7 +146,7 @@ def _print_unraisable(unraisable: Any) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr, flush=True)
     return code
 
 

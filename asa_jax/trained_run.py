@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 
 from asa_jax.config import Config, config_from_dict
-from asa_jax.data.shards import TOKENIZER
+from asa_jax.data.shards import TOKENIZER, read_json
 from asa_jax.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from asa_jax.errors import CheckpointError
+
+# Under the names that Hugging Face has for them.
+TOKENIZER_CONFIG = "tokenizer_config.json"
+END_OF_DOCUMENT = "eos_token"
 
 
 def read_run_config(workdir: Path) -> Config:
@@ -30,5 +34,8 @@ def read_run_config(workdir: Path) -> Config:
 
 def load_run_tokenizer(workdir: Path) -> Tokenizer:
     """Loads the tokenizer that a run was trained with; a run of bytes has no file for it."""
-    path = workdir / TOKENIZER
-    return load_tokenizer(path if path.exists() else BYTES)
+    path, settings = workdir / TOKENIZER, workdir / TOKENIZER_CONFIG
+    if not path.exists():
+        return load_tokenizer(BYTES)
+    end_of_document = read_json(settings).get(END_OF_DOCUMENT) if settings.exists() else None
+    return load_tokenizer(path, end_of_document)

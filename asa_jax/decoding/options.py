@@ -9,6 +9,7 @@ from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.decoding.settings import Sampling, check_request
 from asa_jax.errors import ConfigError, DataError
 from asa_jax.flags import parse_arguments
+from asa_jax.launch import refuse_many_processes
 from asa_jax.trained_run import load_run_tokenizer, read_run_config
 
 # Far more text than a model can read; a larger file was not meant.
@@ -47,6 +48,7 @@ def parse_options() -> Options:
     """
     _define_flags()
     parse_arguments()
+    refuse_many_processes("generate.py")
     given = flags.FLAGS
     if not given.workdir:
         raise ConfigError("--workdir: missing; give a run directory, such as --workdir=runs/tiny")

@@ -11,6 +11,7 @@ from asa_jax.config import EvaluationConfig
 from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.errors import ConfigError
 from asa_jax.flags import PROJECT, parse_arguments
+from asa_jax.launch import refuse_many_processes
 from asa_jax.trained_run import load_run_tokenizer, read_run_config
 
 DEFAULT_FILLER = PROJECT / "texts" / "validation" / "northanger_abbey.txt"
@@ -78,6 +79,7 @@ def parse_options() -> Options:
     """
     _define_flags()
     parse_arguments()
+    refuse_many_processes("eval.py")
     given = flags.FLAGS
     if not given.workdir:
         raise ConfigError("--workdir: missing; give a run directory, such as --workdir=runs/tiny")

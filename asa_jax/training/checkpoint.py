@@ -7,7 +7,8 @@
     checkpoints/<step>/digest.json size and sha256 of every file
 
 The digest is written before the rename that commits a step, by the thread that writes the step.
-Restoring walks the steps from the newest to the oldest until one is as it was written.
+Restoring walks the steps from the newest to the oldest until one is as it was written. Of many
+processes the first looks and verifies, and all restore the step that it found.
 """
 
 import importlib.metadata
@@ -27,6 +28,7 @@ from asa_jax.flags import PROJECT
 from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import param_shardings
 from asa_jax.training.digest import verify_digest
+from asa_jax.training.processes import from_first_process, on_all_processes
 from asa_jax.training.run_directory import (
     CHECKPOINTS,
     config_changes,
@@ -36,6 +38,8 @@ from asa_jax.training.run_directory import (
 from asa_jax.training.step import TrainState, with_shardings
 
 FORMAT_VERSION = 1
+# No step has this number.
+_NONE = -1
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 _log = logging.getLogger(__name__)
@@ -122,12 +126,13 @@ def restore_state(
         state = TrainState(params=items["params"], **items["optimizer"])
         return Restored(state, None if data_changes else items["data"])
 
-    if not _steps(workdir):
+    if not from_first_process(lambda: len(_steps(workdir))):
         return None
     folder, restored = _newest_usable(workdir, None, load)
-    for refused in _steps(workdir):
-        if int(refused.name) > int(folder.name) and jax.process_index() == 0:
-            refused.rename(_unused(refused.with_name(f"{refused.name}.damaged")))
+    if jax.process_index() == 0:
+        for refused in _steps(workdir):
+            if int(refused.name) > int(folder.name):
+                refused.rename(_unused(refused.with_name(f"{refused.name}.damaged")))
     return restored
 
 
@@ -178,25 +183,41 @@ def _newest_usable[T](
     workdir: Path, step: int | None, load: Callable[[Path, dict[str, Any]], T]
 ) -> tuple[Path, T]:
     """Loads the newest intact step, or `step` alone; logs what it passes over."""
+    directory = workdir / CHECKPOINTS
     candidates = [f for f in _steps(workdir) if step is None or int(f.name) == step]
-    reasons = []
-    for folder in candidates:
-        reason = verify_digest(folder)
-        if reason is None:
-            try:
-                return folder, load(folder, _read_meta(folder))
-            except UserError:
-                raise  # an intact step that is of something else
-            except Exception as error:
-                reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+    reasons: list[str] = []
+
+    def pass_over(folder: Path, reason: str) -> None:
         _log.warning("%s: passed over: %s", folder, reason)
         reasons.append(f"{folder.name}: {reason}")
-    directory = workdir / CHECKPOINTS
-    if not candidates:
+
+    def next_intact() -> int:
+        while candidates:
+            folder = candidates.pop(0)
+            reason = verify_digest(folder)
+            if reason is None:
+                return int(folder.name)
+            pass_over(folder, reason)
+        return _NONE
+
+    while (found := from_first_process(next_intact)) != _NONE:
+        folder, loaded, reason = directory / str(found), None, "another process cannot read it"
+        try:
+            loaded = load(folder, _read_meta(folder))
+        except UserError:
+            raise  # an intact step that is of something else
+        except Exception as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        if on_all_processes(loaded is not None):
+            assert loaded is not None
+            return folder, loaded
+        pass_over(folder, reason)
+    if step is not None and not reasons:
         there = ", ".join(folder.name for folder in _steps(workdir))
         raise CheckpointError(f"{directory}: no step {step}; there are {there}")
+    first = reasons[0] if reasons else "process 0 says why"
     raise CheckpointError(
-        f"{directory}: none of {len(reasons)} checkpoints is usable ({reasons[0]}); put back a "
+        f"{directory}: none of {len(reasons)} checkpoints is usable ({first}); put back a "
         "copy, or delete the folder to start from step 0"
     )
 

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from asa_jax.errors import CheckpointError
 from asa_jax.training.checkpoint import optimizer_item
 from asa_jax.training.digest import write_digest
+from asa_jax.training.processes import from_first_process, wait_for_all
 from asa_jax.training.run_directory import CHECKPOINTS
 from asa_jax.training.step import TrainState
 
@@ -38,10 +39,10 @@ class CheckpointWriter:
         self._state_bytes = 0
         # Of a failed save orbax raises one error; its other tasks would print theirs later.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        for folder in self._directory.iterdir():
-            if folder.name.isdecimal() and folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()  # orbax would take it for a saved step
-        self._manager = ocp.CheckpointManager(
+        if jax.process_index() == 0:
+            _remove_empty(self._directory)
+        wait_for_all("checkpoints are in order")
+        self._manager = _Manager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep, cleanup_tmp_directories=True, temporary_path_class=_DigestedPath
@@ -102,7 +103,7 @@ class CheckpointWriter:
     def _check_space(self, step: int) -> None:
         needed = int(self._state_bytes * FREE_SPACE_FACTOR)
         free = shutil.disk_usage(self._directory).free
-        if free < needed:
+        if not from_first_process(lambda: free >= needed):
             raise CheckpointError(
                 f"{self._directory / str(step)}: needs {needed} bytes, {free} are free; older "
                 "checkpoints are kept, free some space and run the same command again"
@@ -122,6 +123,20 @@ class CheckpointWriter:
                 f"{self._directory}: a checkpoint of {self._state_bytes} bytes could not be "
                 f"written: {reasons[0] if reasons else lines[-1][:300]}; older ones are kept"
             ) from error
+
+
+def _remove_empty(directory: Path) -> None:
+    """Removes empty folders that orbax would take for saved steps."""
+    for folder in directory.iterdir():
+        if folder.name.isdecimal() and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Leaves preemption to the training loop, which counts its steps in another way."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class _DigestedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):

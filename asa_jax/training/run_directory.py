@@ -5,7 +5,11 @@
     train.lock       held by the trainer at work
     checkpoints/     one folder a step
     metrics.jsonl    one line a step; also tensorboard/ and loss.png
-    tokenizer.json   copy of the tokenizer of the sources, unless it is 'bytes'
+    tokenizer.json, tokenizer_config.json
+                     copy of the tokenizer of the sources, unless it is 'bytes', and which of its
+                     tokens ends a document
+
+Of many processes only the first writes here, but for the arrays of checkpoints.
 
 Imports no jax, so that a second trainer or a changed field is refused at once.
 """
@@ -13,7 +17,6 @@ Imports no jax, so that a second trainer or a changed field is refused at once.
 import fcntl
 import json
 import os
-import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +30,8 @@ from asa_jax.data.shards import TOKENIZER, TokenFolder, check_vocabulary, open_t
 from asa_jax.data.tokenizer import BYTES
 from asa_jax.errors import CheckpointError, ConfigError
 from asa_jax.flags import parse_run_flags
+from asa_jax.launch import Launch, define_launch_flags, read_launch
+from asa_jax.trained_run import END_OF_DOCUMENT, TOKENIZER_CONFIG
 
 CONFIG = "config.json"
 DATA = "data.json"
@@ -54,14 +59,16 @@ class Run(NamedTuple):
         workdir: its run directory.
         sources: opened token folders, of one tokenizer.
         allow_changes: go on although configuration or data differ from those of the run.
-        lock: keeps other trainers out until it is closed.
+        launch: which of how many processes this is.
+        lock: keeps other trainers out until it is closed; None on all processes but the first.
     """
 
     config: Config
     workdir: Path
     sources: list[TokenFolder]
     allow_changes: bool
-    lock: TextIO
+    launch: Launch
+    lock: TextIO | None
 
 
 def start_run() -> Run:
@@ -73,14 +80,21 @@ def start_run() -> Run:
     allow = flags.DEFINE_bool(
         "allow_changes", False, "go on with a run although its configuration or data changed"
     )
+    define_launch_flags()
     config, workdir = parse_run_flags()
+    launch = read_launch()
     sources = open_sources(config)
-    lock = open_run(workdir, config, allow_changes=allow.value)
-    claim_data(workdir, run_fingerprint(config, sources), allow_changes=allow.value)
-    tokenizer = sources[0].path / TOKENIZER
-    if sources[0].tokenizer_fingerprint != BYTES:
-        shutil.copyfile(tokenizer, workdir / TOKENIZER)
-    return Run(config, workdir, sources, allow.value, lock)
+    data = run_fingerprint(config, sources)
+    lock = None
+    if launch.process_id == 0:
+        lock = open_run(workdir, config, allow_changes=allow.value)
+        claim_data(workdir, data, allow_changes=allow.value)
+        copy_tokenizer(sources[0], workdir)
+    elif not allow.value:
+        # Process 0 refuses the same; so no process waits for one that is gone.
+        _refuse_other_config(workdir, config)
+        _refuse_other_data(workdir, data)
+    return Run(config, workdir, sources, allow.value, launch, lock)
 
 
 def open_sources(config: Config) -> list[TokenFolder]:
@@ -118,12 +132,21 @@ def open_run(workdir: Path, config: Config, *, allow_changes: bool) -> TextIO:
     """
     (workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     lock = _lock(workdir / LOCK)
-    values = config_to_dict(config)
-    started = _read_json(workdir / CONFIG)
-    if started and any((workdir / CHECKPOINTS).iterdir()) and not allow_changes:
-        refuse_changes(workdir, config_changes(started, values))
-    _write_json(workdir / CONFIG, values)
+    if not allow_changes:
+        _refuse_other_config(workdir, config)
+    _write_json(workdir / CONFIG, config_to_dict(config))
     return lock
+
+
+def _refuse_other_config(workdir: Path, config: Config) -> None:
+    before = _read_json(workdir / CONFIG)
+    if before and _has_begun(workdir):
+        refuse_changes(workdir, config_changes(before, config_to_dict(config)))
+
+
+def _has_begun(workdir: Path) -> bool:
+    folder = workdir / CHECKPOINTS
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def run_fingerprint(config: Config, sources: Sequence[TokenFolder]) -> dict[str, Any]:
@@ -151,10 +174,23 @@ def claim_data(workdir: Path, now: Mapping[str, Any], *, allow_changes: bool) ->
     Raises:
         ConfigError: the run has checkpoints of other data.
     """
-    before = _read_json(workdir / DATA)
-    if before and any((workdir / CHECKPOINTS).iterdir()) and not allow_changes:
-        refuse_changes(workdir, fingerprint_changes(before, now))
+    if not allow_changes:
+        _refuse_other_data(workdir, now)
     _write_json(workdir / DATA, now)
+
+
+def _refuse_other_data(workdir: Path, now: Mapping[str, Any]) -> None:
+    before = _read_json(workdir / DATA)
+    if before and _has_begun(workdir):
+        refuse_changes(workdir, fingerprint_changes(before, now))
+
+
+def copy_tokenizer(source: TokenFolder, workdir: Path) -> None:
+    """Copies the tokenizer of a token folder to a run directory, with its end of document."""
+    if source.tokenizer_fingerprint == BYTES:
+        return
+    _write(workdir / TOKENIZER, (source.path / TOKENIZER).read_bytes())
+    _write_json(workdir / TOKENIZER_CONFIG, {END_OF_DOCUMENT: source.end_of_document})
 
 
 def fingerprint_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -197,6 +233,10 @@ def _lock(path: Path) -> TextIO:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         raise CheckpointError(f"{path}: a trainer works here already ({holder})") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be locked ({error.strerror}); the file system must offer flock"
+        ) from None
     lock.truncate(0)
     lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
@@ -204,9 +244,16 @@ def _lock(path: Path) -> TextIO:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    _write(path, f"{json.dumps(values, indent=2)}\n".encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:  # which names no file where the disk is full
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -1,6 +1,9 @@
 """Small runs for the training tests."""
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,9 @@ import pytest
 
 from asa_jax.config import Config, config_from_dict
 from asa_jax.data.prepare import parse, prepare
+from asa_jax.flags import PROJECT
 from configs import base
+from tests.training.commands import STEPS
 
 MakeConfig = Callable[..., Config]
 
@@ -82,3 +87,71 @@ def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--input", *train, "--validation-input", str(folder / "4.txt")]
     prepare(parse([*arguments, "--tokenizer", "bytes", "--output", str(folder / "tokens")]))
     return folder / "tokens"
+
+
+@pytest.fixture(scope="session")
+def command(small_flags: list[str], token_folder: Path) -> list[str]:
+    """Arguments of a run of 60 steps, but for its directory."""
+    return [
+        sys.executable, "train.py", "--config=configs/base.py", *small_flags,
+        f"--config.data.sources={token_folder}", f"--config.training.steps={STEPS}",
+        "--config.training.checkpoint_every_steps=20", "--config.training.eval_every_steps=40",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Compiles quickly, and once for all runs."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+Train = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def train(command: list[str], environment: dict[str, str]) -> Train:
+    """Returns train(workdir, *more flags), which runs to the end."""
+
+    def run(workdir: Path, *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, f"--workdir={workdir}", *more],
+            cwd=PROJECT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def start(command: list[str], environment: dict[str, str]) -> Iterator[Callable[..., Any]]:
+    """Returns start(workdir, *more flags), which runs in the background; killed after the test."""
+    running = []
+
+    def run(workdir: Path, *more: str, output: str = "output") -> subprocess.Popen[bytes]:
+        with (workdir.parent / output).open("w") as file:
+            process = subprocess.Popen(
+                [*command, f"--workdir={workdir}", *more],
+                cwd=PROJECT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def finished(
+    train: Train, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The directory and the output of a run without interruption."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    done = train(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done

@@ -8,11 +8,21 @@ import sys
 import time
 
 import pytest
+import tokenizers
 
 from asa_jax.config import config_to_dict
+from asa_jax.data.prepare import parse, prepare
+from asa_jax.data.shards import open_token_folder
 from asa_jax.errors import CheckpointError, ConfigError
 from asa_jax.flags import PROJECT
-from asa_jax.training.run_directory import claim_data, config_changes, open_run, open_sources
+from asa_jax.trained_run import load_run_tokenizer
+from asa_jax.training.run_directory import (
+    claim_data,
+    config_changes,
+    copy_tokenizer,
+    open_run,
+    open_sources,
+)
 
 
 def _open(workdir, config, allow_changes=False):
@@ -127,3 +137,39 @@ def test_data_may_change_before_the_first_checkpoint(tmp_path, make_config):
     claim_data(tmp_path, {"seed": 0}, allow_changes=False)
     claim_data(tmp_path, {"seed": 1}, allow_changes=False)
     assert json.loads((tmp_path / "data.json").read_text()) == {"seed": 1}
+
+
+@pytest.fixture(scope="module")
+def unusual_source(tmp_path_factory):
+    """A token folder whose documents end with a token of an unusual name."""
+    folder = tmp_path_factory.mktemp("unusual")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.add_special_tokens(["<stop>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "text.txt").write_text("a b")
+    arguments = ["--input", str(folder / "text.txt"), "--tokenizer", str(folder / "tokenizer.json")]
+    more = ["--end-of-document", "<stop>", "--output", str(folder / "tokens")]
+    prepare(parse([*arguments, "--validation-fraction", "0", *more]))
+    return open_token_folder(folder / "tokens")
+
+
+def test_a_run_keeps_the_name_of_the_end_of_document(unusual_source, tmp_path):
+    copy_tokenizer(unusual_source, tmp_path)
+    tokenizer = load_run_tokenizer(tmp_path)
+    assert tokenizer.end_of_document == "<stop>"
+    assert tokenizer.fingerprint == unusual_source.tokenizer_fingerprint
+
+
+def test_an_error_of_copying_the_tokenizer_names_the_copy(unusual_source, tmp_path):
+    (tmp_path / ".tokenizer.json").mkdir()
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/tokenizer.json: cannot be written"):
+        copy_tokenizer(unusual_source, tmp_path)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, make_config, monkeypatch):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(CheckpointError, match=r"train\.lock: cannot be locked .* offer flock"):
+        _open(tmp_path, make_config())

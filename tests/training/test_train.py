@@ -7,10 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import chex
 import pytest
@@ -19,89 +16,7 @@ from asa_jax.flags import PROJECT
 from asa_jax.training.checkpoint import restore_params
 from asa_jax.training.metrics import read_metrics
 from asa_jax.training.run_directory import open_run
-
-STEPS = 60
-
-
-@pytest.fixture(scope="module")
-def command(small_flags, token_folder):
-    """Arguments of a run of 60 steps, but for its directory."""
-    return [
-        sys.executable, "train.py", "--config=configs/base.py", *small_flags,
-        f"--config.data.sources={token_folder}", f"--config.training.steps={STEPS}",
-        "--config.training.checkpoint_every_steps=20", "--config.training.eval_every_steps=40",
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Compiles quickly, and once for all runs."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-@pytest.fixture(scope="module")
-def train(command, environment):
-    """Returns train(workdir, *more flags), which runs to the end."""
-
-    def run(workdir, *more):
-        return subprocess.run(
-            [*command, f"--workdir={workdir}", *more],
-            cwd=PROJECT, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-
-    return run
-
-
-@pytest.fixture
-def start(command, environment):
-    """Returns start(workdir, *more flags), which runs in the background; killed after the test."""
-    running = []
-
-    def run(workdir, *more):
-        with (workdir.parent / "output").open("w") as output:
-            process = subprocess.Popen(
-                [*command, f"--workdir={workdir}", *more],
-                cwd=PROJECT, env=environment, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        running.append(process)
-        return process
-
-    yield run
-    for process in running:
-        process.kill()
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def finished(train, tmp_path_factory):
-    """The directory and the output of a run without interruption."""
-    workdir = tmp_path_factory.mktemp("runs") / "straight"
-    done = train(workdir)
-    assert done.returncode == 0, done.stderr
-    return workdir, done
-
-
-def _losses(workdir: Path) -> list[tuple]:
-    names = ("step", "loss", "grad_norm", "learning_rate", "validation_loss")
-    return [tuple(line.get(name) for name in names) for line in read_metrics(workdir)]
-
-
-def _params(workdir: Path) -> Any:
-    _, params, step = restore_params(workdir)
-    assert step == STEPS
-    return params
-
-
-def _wait_for_step(workdir: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while not any(line["step"] >= step for line in read_metrics(workdir)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+from tests.training.commands import STEPS, final_params, losses, wait_for_step
 
 
 def test_a_run_says_what_it_does_and_where_everything_is(finished):
@@ -144,7 +59,7 @@ def test_a_finished_run_can_be_made_longer(finished, train, tmp_path):
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(finished, start, train, tmp_path, number):
     workdir = tmp_path / "run"
     process = start(workdir, "--config.training.checkpoint_every_steps=1000")
-    _wait_for_step(workdir, 7)
+    wait_for_step(workdir, 7)
     process.send_signal(number)
     time.sleep(random.Random(number).random() / 10)
     process.send_signal(number)  # during the save, or close to it
@@ -153,8 +68,8 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(finished, start, train, 
     assert "stopped after step" in output and "Traceback" not in output
     done = train(workdir)
     assert done.returncode == 0, done.stderr
-    assert _losses(workdir) == _losses(finished[0])
-    chex.assert_trees_all_equal(_params(workdir), _params(finished[0]))
+    assert losses(workdir) == losses(finished[0])
+    chex.assert_trees_all_equal(final_params(workdir), final_params(finished[0]))
 
 
 @pytest.mark.slow
@@ -165,7 +80,7 @@ def test_kills_lose_at_most_one_save_interval_and_change_nothing(finished, start
     for _ in range(3):
         reached = max((line["step"] for line in read_metrics(workdir)), default=0)
         process = start(workdir, *flags)
-        _wait_for_step(workdir, 1)
+        wait_for_step(workdir, 1)
         while process.poll() is None and (len(read_metrics(workdir)) < reached + 3):
             time.sleep(0.01)
         time.sleep(rng.random() / 20)
@@ -176,9 +91,9 @@ def test_kills_lose_at_most_one_save_interval_and_change_nothing(finished, start
     assert done.returncode == 0, done.stderr
     resumed = int(done.stdout.split("step ")[1].split()[0])
     assert resumed >= newest - 2 * interval
-    losses = [x for x in _losses(workdir) if x[1] is not None]
-    assert losses == [x for x in _losses(finished[0]) if x[1] is not None]
-    chex.assert_trees_all_equal(_params(workdir), _params(finished[0]))
+    steps = [x for x in losses(workdir) if x[1] is not None]
+    assert steps == [x for x in losses(finished[0]) if x[1] is not None]
+    chex.assert_trees_all_equal(final_params(workdir), final_params(finished[0]))
 
 
 def test_a_damaged_newest_step_is_passed_over(finished, train, tmp_path):
@@ -192,8 +107,8 @@ def test_a_damaged_newest_step_is_passed_over(finished, train, tmp_path):
     assert warning.startswith("WARNING: ")
     assert "60: passed over: params/manifest.ocdbt is not as it was written" in warning
     assert done.stdout.startswith("resumes after step 40 of 60")
-    assert _losses(workdir) == _losses(finished[0])
-    chex.assert_trees_all_equal(_params(workdir), _params(finished[0]))
+    assert losses(workdir) == losses(finished[0])
+    chex.assert_trees_all_equal(final_params(workdir), final_params(finished[0]))
 
 
 def test_damaged_checkpoints_are_never_a_silent_new_start(finished, train, tmp_path):
@@ -268,7 +183,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(command, environment, tmp_
         cwd=PROJECT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert _losses(tmp_path / "run") == _losses(finished[0])
+    assert losses(tmp_path / "run") == losses(finished[0])
 
 
 def test_config_json_is_what_was_trained_with(finished):

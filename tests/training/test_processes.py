@@ -1,0 +1,89 @@
+"""Two processes on one machine, over loopback: train.py as on many hosts."""
+
+import itertools
+import re
+import signal
+import socket
+import time
+
+import chex
+import numpy as np
+import pytest
+
+from asa_jax.training.metrics import read_metrics
+from tests.training.commands import STEPS, final_params, losses, wait_for
+
+HEARTBEAT_SECONDS = 10
+
+
+@pytest.fixture
+def start_pair(start):
+    """Returns start_pair(workdir, *more flags): the two processes."""
+    runs = itertools.count()
+
+    def run(workdir, *more):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        flags = (
+            f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2",
+            f"--heartbeat_timeout_seconds={HEARTBEAT_SECONDS}", *more,
+        )  # fmt: skip
+        number = next(runs)
+        return [
+            start(workdir, *flags, f"--process_id={i}", output=f"output-{number}-{i}")
+            for i in range(2)
+        ]
+
+    return run
+
+
+def _output(workdir, run, process):
+    return (workdir.parent / f"output-{run}-{process}").read_text()
+
+
+def _checkpoints(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
+
+
+def test_two_processes_train_as_one_and_survive(finished, start_pair, train, tmp_path):
+    """Killed, resumed on another mesh, stopped by a signal to one, finished by a single process."""
+    workdir = tmp_path / "run"
+    pair = start_pair(workdir)
+    wait_for((workdir / "config.json").exists)
+    second = train(workdir)
+    assert second.returncode == 1 and "a trainer works here already" in second.stderr
+
+    wait_for(lambda: _checkpoints(workdir))
+    pair[1].kill()
+    died = time.monotonic()
+    assert pair[0].wait(6 * HEARTBEAT_SECONDS) == 1
+    print(f"the other process ended {time.monotonic() - died:.1f} s after it")
+    *_, line = _output(workdir, 0, 0).splitlines()
+    assert line.startswith("error: process 0: another process ended or cannot be reached (")
+    saved = _checkpoints(workdir)[-1]
+    assert saved in (20, 40)
+
+    # A mesh that divides the heads: both processes read all rows.
+    pair = start_pair(workdir, "--config.mesh.data=1", "--config.mesh.tensor=2")
+    wait_for(lambda: "Gloo" in _output(workdir, 1, 1))  # they have joined
+    pair[1].send_signal(signal.SIGTERM)
+    assert [process.wait(120) for process in pair] == [143, 143]
+    output = _output(workdir, 1, 0)
+    assert f"resumes after step {saved} of {STEPS}" in output
+    (stopped,) = re.findall(r"stopped after step (\d+)", output)
+    assert saved < int(stopped) < STEPS
+    assert _checkpoints(workdir)[-1] == int(stopped)
+    # The second process is silent, but for what the collectives say of themselves.
+    assert "step" not in _output(workdir, 1, 1)
+
+    done = train(workdir)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"resumes after step {stopped} of {STEPS}")
+    steps = [line["step"] for line in read_metrics(workdir) if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    expected, found = (
+        np.array([x[1] for x in losses(folder) if x[1]]) for folder in (finished[0], workdir)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    chex.assert_trees_all_close(final_params(workdir), final_params(finished[0]), atol=1e-3)
