@@ -1,9 +1,12 @@
-"""Full causal attention, through `jax.nn.dot_product_attention`, in chunks of queries."""
+"""Full causal attention: the kernel of a window as long as the row, or XLA in chunks of queries."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.sliding_window_attention import sliding_window_attention
 
 # A [chunk, T] score matrix is the largest that exists.
 QUERY_CHUNK = 1024
@@ -16,6 +19,7 @@ def causal_attention(
     segment_ids: jax.Array,
     scale: float | None = None,
     query_offset: jax.Array | int | None = None,
+    implementation: dispatch.Implementation | None = None,
 ) -> jax.Array:
     """Causal softmax attention within each document of a row.
 
@@ -26,12 +30,38 @@ def causal_attention(
         segment_ids: int [B, S]; documents of a row, 0 for padding.
         scale: factor on the scores; None: 1 / sqrt(H).
         query_offset: position in the row of the first query, at most S - T; None: 0.
+        implementation: as the operations of `pallas_kernels` take it.
 
     Returns:
         [B, T, N, h], zero where segment_ids is 0.
     """
+
+    def kernel() -> jax.Array:
+        output, _ = sliding_window_attention(
+            query, key, value, window_size=key.shape[1], segment_ids=segment_ids, scale=scale,
+            implementation="mosaic_gpu",
+        )  # fmt: skip
+        return output
+
+    return dispatch.run(
+        "causal_attention",
+        implementation,
+        mosaic_gpu=dispatch.of_whole_rows(kernel, query_offset),
+        xla=lambda: _in_query_chunks(
+            query, key, value, segment_ids, scale, 0 if query_offset is None else query_offset
+        ),
+    )
+
+
+def _in_query_chunks(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+    scale: float | None,
+    query_offset: jax.Array | int,
+) -> jax.Array:
     length, value_dim = query.shape[1], value.shape[-1]
-    query_offset = 0 if query_offset is None else query_offset
     segments = jax.lax.dynamic_slice_in_dim(segment_ids, query_offset, length, axis=1)
     # The library asks for one head size; zero features of the value cost no correctness.
     value = jnp.pad(value, ((0, 0),) * 3 + ((0, key.shape[-1] - value_dim),))

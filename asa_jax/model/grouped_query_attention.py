@@ -114,7 +114,12 @@ class GroupedQueryAttention(nnx.Module):
             key, value = gather_rows(key, value)
             return map_queries(
                 lambda query, offset: causal_attention(
-                    query, key, value, segment_ids, query_offset=offset
+                    query,
+                    key,
+                    value,
+                    segment_ids,
+                    query_offset=offset,
+                    implementation=self.cfg.implementation,
                 ),
                 query,
             )

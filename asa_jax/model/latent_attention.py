@@ -183,7 +183,7 @@ class LatentAttention(nnx.Module):
             key, value = _expand(latent, rope_key, key_up, value_up)
             return map_queries(
                 lambda query, offset: causal_attention(
-                    query, key, value, segment_ids, self.scale, offset
+                    query, key, value, segment_ids, self.scale, offset, self.cfg.implementation
                 ),
                 query,
             )
