@@ -1,5 +1,6 @@
 """The device mesh and the one table from logical axes to mesh axes."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -92,7 +93,7 @@ def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     def sharding(path: Any, shape: Any, names: tuple[str, ...]) -> NamedSharding:
         spec = partition_spec(names)
         for name, size, mesh_axes in zip(names, shape.shape, spec, strict=True):
-            parts = _num_shards(mesh, mesh_axes)
+            parts = math.prod(mesh.shape[axis] for axis in _mesh_axes(name))
             if size % parts:
                 raise ConfigError(
                     f"config.mesh.{mesh_axes} = {parts}: does not divide axis '{name}' of size "
@@ -103,9 +104,10 @@ def param_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
 
 
-def _num_shards(mesh: Mesh, mesh_axes: str | tuple[str, ...] | None) -> int:
-    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
-    return math.prod(mesh.shape[name] for name in names)
+def _mesh_axes(axis: str) -> tuple[str, ...]:
+    """Mesh axes of a logical axis."""
+    mesh_axes = LOGICAL_TO_MESH[axis] or ()
+    return (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
@@ -113,6 +115,30 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def gathered(weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Gathers the parts of a weight that `fsdp` spreads, for a product with activations.
+
+    Its gradient is asked for in parts, so that no device gets more of the sum than its own.
+
+    Args:
+        weight: an array with logical axes `axes`.
+        axes: their names.
+
+    Returns:
+        `weight`; the identity where no mesh is in context.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return weight
+    whole = ["activation" if axis == "embed" else axis for axis in axes]
+
+    @jax.custom_vjp
+    def gather(weight: jax.Array) -> jax.Array:
+        return constrain(weight, *whole)
+
+    gather.defvjp(lambda w: (gather(w), None), lambda _, dw: (constrain(dw, *axes),))
+    return gather(weight)
 
 
 def sharded(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
@@ -128,15 +154,38 @@ def sharded(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callab
     Returns:
         A function of whole arrays; `function` itself without a mesh of several devices in context.
     """
-    if jax.sharding.get_abstract_mesh().size <= 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
         return function
+    trivial = [axis for axis, size in mesh.shape.items() if size == 1]
+
+    def spec(axes: tuple[str, ...]) -> P:
+        # An axis of one device is named too: over those that are not, gradients are summed, by
+        # collectives that would have nothing to do.
+        first, *rest = (_mesh_axes(axis) for axis in axes)
+        unnamed = set(trivial) - set(itertools.chain(first, *rest))
+        return P((*first, *sorted(unnamed)), *rest)
 
     def specs(axes: Any) -> Any:
-        return jax.tree.map(partition_spec, axes, is_leaf=_is_axes)
+        return jax.tree.map(spec, axes, is_leaf=_is_axes)
 
     return jax.shard_map(
         function, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False
     )
+
+
+def gather_embed(weight: jax.Array, axis: int) -> jax.Array:
+    """Gathers the parts of a weight that `fsdp` spreads, inside `sharded`.
+
+    The gradient comes back in parts, by a reduce-scatter.
+
+    Args:
+        weight: one device's part.
+        axis: the dimension with the logical axis 'embed'.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return weight
+    return jax.lax.all_gather(weight, "fsdp", axis=axis, tiled=True)
 
 
 def own_groups(x: jax.Array) -> jax.Array:
@@ -151,7 +200,7 @@ def own_groups(x: jax.Array) -> jax.Array:
     Raises:
         ConfigError: the heads of a shard lie in parts of groups.
     """
-    shards, groups = _tensor_shards(), x.shape[2]
+    shards, groups = tensor_shards(), x.shape[2]
     check_groups(groups, shards)
     if shards == 1:
         return x
@@ -161,7 +210,7 @@ def own_groups(x: jax.Array) -> jax.Array:
 
 def shards_per_group(groups: int) -> int:
     """Tensor shards that share the heads of a latent group."""
-    return max(1, _tensor_shards() // groups)
+    return max(1, tensor_shards() // groups)
 
 
 def gather_group(x: jax.Array, groups: int) -> jax.Array:
@@ -174,11 +223,12 @@ def gather_group(x: jax.Array, groups: int) -> jax.Array:
     Returns:
         [B, T, heads of the group, ...].
     """
-    sharers = np.arange(_tensor_shards()).reshape(groups, -1).tolist()
+    sharers = np.arange(tensor_shards()).reshape(groups, -1).tolist()
     return jax.lax.all_gather(x, "tensor", axis_index_groups=sharers, axis=2, tiled=True)
 
 
-def _tensor_shards() -> int:
+def tensor_shards() -> int:
+    """Devices that share heads, MLP and vocabulary on the mesh in context."""
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
 
 

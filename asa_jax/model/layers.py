@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from asa_jax.config import ModelConfig
-from asa_jax.sharding import constrain
+from asa_jax.sharding import gather_embed, gathered, sharded, tensor_shards
 
 
 def normal_param(
@@ -24,11 +24,15 @@ class Projection(nnx.Module):
     def __init__(
         self, shape: tuple[int, ...], axes: tuple[str, ...], stddev: float, *, rngs: nnx.Rngs
     ) -> None:
-        self.weight = normal_param(shape, axes, stddev, rngs)
+        self.weight, self.axes = normal_param(shape, axes, stddev, rngs), axes
 
     def __call__(self, equation: str, x: jax.Array) -> jax.Array:
         """Returns einsum(equation, x, weight) in the dtype of x."""
-        return jnp.einsum(equation, x, self.weight[...].astype(x.dtype))
+        weight = self.weight[...].astype(x.dtype)
+        # Of the two the smaller one should travel; in decoding that is x.
+        if x.size > weight.size:
+            weight = gathered(weight, self.axes)
+        return jnp.einsum(equation, x, weight)
 
 
 class RMSNorm(nnx.Module):
@@ -73,14 +77,24 @@ class TokenEmbedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Looks up [..., D] vectors of tokens [...], which must lie in [0, V)."""
-        # Whole vectors: a lookup in parts of them has no sharding that batch and sequence fit.
-        table = constrain(self.table[...].astype(self.dtype), "vocab", "activation")
-        return table[tokens]
+        place = ("batch", "sequence")[: tokens.ndim]
+        look_up = sharded(_look_up, (("vocab", "embed"), place), ("vocab", *place, "activation"))
+        return jnp.sum(look_up(self.table[...].astype(self.dtype), tokens), axis=0)
 
     def unembedding(self) -> jax.Array:
         """The [D, V] matrix of the logits."""
         matrix = self.table[...].T if self.output is None else self.output[...]
         return matrix.astype(self.dtype)
+
+
+def _look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Vectors [1, ..., D] of tokens [...], zero for words of other tensor shards than this."""
+    table = gather_embed(table, axis=1)
+    if tensor_shards() == 1:
+        return table[tokens][None]
+    rows = tokens - table.shape[0] * jax.lax.axis_index("tensor")
+    known = (rows >= 0) & (rows < table.shape[0])
+    return jnp.where(known[..., None], table.at[rows].get(mode="clip"), 0)[None]
 
 
 def residual_stddev(cfg: ModelConfig) -> float:

@@ -8,13 +8,16 @@ The sequence is walked in chunks, forwards and again backwards, where the logits
 computed anew. Logits and the gradient of W accumulate in float32.
 """
 
-import functools
-import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from asa_jax.sharding import LOGICAL_TO_MESH, constrain
+from asa_jax.sharding import gather_embed, sharded, tensor_shards
+
+HIDDEN = ("batch", "sequence", "activation")
+UNEMBEDDING = ("embed", "vocab")
+TOKENS = ("batch", "sequence")
 
 
 def token_nll(
@@ -31,7 +34,12 @@ def token_nll(
     Returns:
         float32 [B, T].
     """
-    return _join(_chunked_nll(*_chunks(hidden, unembedding, targets, chunk_tokens)), targets.shape)
+
+    def nll(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array) -> jax.Array:
+        x, y = _chunks(hidden, targets, chunk_tokens)
+        return _join(_chunked_nll(x, gather_embed(unembedding, axis=0), y), targets.shape)
+
+    return sharded(nll, (HIDDEN, UNEMBEDDING, TOKENS), TOKENS)(hidden, unembedding, targets)
 
 
 def token_scores(
@@ -48,76 +56,80 @@ def token_scores(
     Returns:
         Nats, float32 [B, T], and bool [B, T]. Without gradient.
     """
-    hidden, unembedding, labels = _chunks(hidden, unembedding, targets, chunk_tokens)
 
-    def body(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x, y = chunk
-        logits = _logits(x, unembedding)
-        nll, _ = _nll_and_lse(logits, y)
-        return nll, jnp.argmax(logits, axis=-1) == y
+    def scores(
+        hidden: jax.Array, unembedding: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        unembedding = gather_embed(unembedding, axis=0)
 
-    nll, correct = jax.lax.map(body, (hidden, labels))
-    return _join(nll, targets.shape), _join(correct, targets.shape)
+        def body(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x, y = chunk
+            logits = _logits(x, unembedding)
+            nll, _ = _nll_and_lse(logits, y)
+            return nll, _argmax(logits) == y
+
+        results = jax.lax.map(body, _chunks(hidden, targets, chunk_tokens))
+        return tuple(_join(result, targets.shape) for result in results)
+
+    score = sharded(scores, (HIDDEN, UNEMBEDDING, TOKENS), (TOKENS, TOKENS))
+    return score(hidden, unembedding, targets)
 
 
 def _chunks(
-    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunk_tokens: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden states and targets cut into chunks, and the unembedding as every chunk reads it."""
-    rows, length, _ = hidden.shape
-    parts = _num_shards("sequence")
-    rows_here = max(1, rows // _num_shards("batch"))
-    chunk = min(max(1, chunk_tokens // rows_here), -(-length // parts))
-    chunks = -(-length // (parts * chunk))
-    # The vocabulary matrix is gathered over fsdp once, not for every chunk.
-    unembedding = constrain(unembedding, "activation", "vocab")
-    split = functools.partial(_split, parts=parts, chunks=chunks)
-    return split(hidden), unembedding, split(targets)
+    hidden: jax.Array, targets: jax.Array, chunk_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states and targets in chunks [chunks, B, t, ...], the last padded."""
+    rows, length = targets.shape
+    size = min(max(1, chunk_tokens // rows), length)
+    count = -(-length // size)
+    size = -(-length // count)
+
+    def split(x: jax.Array) -> jax.Array:
+        padding = ((0, 0), (0, count * size - length), *((0, 0) for _ in x.shape[2:]))
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(rows, count, size, *x.shape[2:]), 1, 0)
+
+    return split(hidden), split(targets)
 
 
-def _join(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Undoes `_split` for [chunks, B, parts, t] and cuts the padding off."""
+def _join(chunks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Undoes the split of an array [B, T]."""
     rows, length = shape
-    return jnp.moveaxis(x, 0, 2).reshape(rows, -1)[:, :length]
-
-
-def _num_shards(axis: str) -> int:
-    """Shards of a logical axis on the mesh in context."""
-    mesh_axes = LOGICAL_TO_MESH[axis] or ()
-    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes.get(name, 1) for name in names)
-
-
-def _split(x: jax.Array, parts: int, chunks: int) -> jax.Array:
-    """Cuts [B, T, ...] into [chunks, B, parts, t, ...]: each chunk takes t tokens of every part.
-
-    Parts are the shards of the sequence, so that every device works on every chunk.
-    """
-    rows, length, *rest = x.shape
-    chunk = -(-length // (parts * chunks))
-    padding = parts * chunks * chunk - length
-    x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0) for _ in rest)))
-    x = jnp.moveaxis(x.reshape(rows, parts, chunks, chunk, *rest), 2, 0)
-    return constrain(x, "layers", "batch", "sequence", *["activation"] * (x.ndim - 3))
+    return jnp.moveaxis(chunks, 0, 1).reshape(rows, -1)[:, :length]
 
 
 def _logits(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
+    """Logits [B, t, words of this tensor shard]."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     return jnp.einsum("...D,DV->...V", hidden, unembedding, preferred_element_type=wide)
 
 
-def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    # A comparison, unlike a gather, stays on its shard where the vocabulary is sharded.
-    return (
-        jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
-    )
+def _words(logits: jax.Array) -> jax.Array:
+    """Token ids of the logits, int32 [1, 1, words of this tensor shard]."""
+    words = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, None]
+    if tensor_shards() == 1:
+        return words
+    return words + logits.shape[-1] * jax.lax.axis_index("tensor")
+
+
+def _over_shards(x: jax.Array, reduction: Callable[[jax.Array, str], jax.Array]) -> jax.Array:
+    """Reduces over the tensor shards, which divide the vocabulary."""
+    return x if tensor_shards() == 1 else reduction(x, "tensor")
 
 
 def _nll_and_lse(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
+    maximum = _over_shards(jnp.max(logits, axis=-1), jax.lax.pmax)
+    total = jnp.sum(jnp.exp(logits - maximum[..., None]), axis=-1)
+    picked = jnp.sum(jnp.where(_words(logits) == targets[..., None], logits, 0), axis=-1)
+    total, picked = (_over_shards(x, jax.lax.psum) for x in (total, picked))
+    lse = maximum + jnp.log(total)
     return lse - picked, lse
+
+
+def _argmax(logits: jax.Array) -> jax.Array:
+    best = _over_shards(jnp.max(logits, axis=-1), jax.lax.pmax)
+    none = jnp.iinfo(jnp.int32).max
+    first = jnp.min(jnp.where(logits == best[..., None], _words(logits), none), axis=-1)
+    return _over_shards(first, jax.lax.pmin)
 
 
 @jax.custom_vjp
@@ -130,8 +142,7 @@ def _chunked_nll_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, ...]]:
         x, y = chunk
-        logits = _logits(x, unembedding)
-        return None, _nll_and_lse(logits, y)
+        return None, _nll_and_lse(_logits(x, unembedding), y)
 
     _, (nll, lse) = jax.lax.scan(body, None, (hidden, targets))
     return nll, (hidden, unembedding, targets, lse)
@@ -140,17 +151,20 @@ def _chunked_nll_forward(
 def _chunked_nll_backward(
     saved: tuple[jax.Array, ...], d_nll: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
+    """Gradients by this device's tokens and words; `sharded` sums them over the others."""
     hidden, unembedding, targets, lse = saved
+    # `sharded` divides what comes back among the shards that computed the same nll.
+    d_nll = _over_shards(d_nll, jax.lax.psum)
 
     def body(d_unembedding: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         x, y, lse, d = chunk
         logits = _logits(x, unembedding)
         probability = jnp.exp(logits - lse[..., None])
-        d_logits = (probability - _is_target(logits, y)) * d[..., None]
+        d_logits = (probability - (_words(logits) == y[..., None])) * d[..., None]
         d_logits = d_logits.astype(x.dtype)
         d_x = jnp.einsum("...V,DV->...D", d_logits, unembedding)
         d_unembedding += jnp.einsum(
-            "BPTD,BPTV->DV", x, d_logits, preferred_element_type=d_unembedding.dtype
+            "BTD,BTV->DV", x, d_logits, preferred_element_type=d_unembedding.dtype
         )
         return d_unembedding, d_x
 
