@@ -1,0 +1,159 @@
+"""Collectives in HLO text; those of the compiled training step are the ones the design names."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import pytest
+
+from asa_jax.collectives import collectives
+from asa_jax.model.transformer import abstract_model
+from asa_jax.sharding import MESH_AXES
+from tests.compiled_step import config_340m
+
+PROJECT = Path(__file__).resolve().parent.parent
+MESH = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
+HLO = """
+HloModule jit_step
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body (state: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %small = f32[8,16]{1,0} all-gather(%w), replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}
+  %rs = bf16[4,32]{1,0} reduce-scatter(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  ROOT %t = (s32[], f32[4]) tuple(%i, %small)
+}
+
+ENTRY %main (p: f32[4]) -> f32[] {
+  %ar = (f32[3]{0}, s32[]) all-reduce(%a, %b), \
+replica_groups=mesh['fsdp'=2,'tensor'=2,'context'=2] {'fsdp','context'}, to_apply=%add, metadata={op_name="jit(step)/psum"}
+  %one = f32[99] all-reduce(%a), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
+  %part = f32[7] all-reduce(%a), replica_groups=mesh['a'=8] {'a':(2)2}, to_apply=%add
+  %halo = f32[5] collective-permute(%c), source_target_pairs={{0,1},{2,3},{4,5},{6,7}}
+  %start = (bf16[2], bf16[4]) all-gather-start(%c), replica_groups=[2,4]<=[4,2]T(1,0)
+  %done = bf16[4] all-gather-done(%start)
+  %loop = (s32[], f32[4]) while(%s), condition=%add, body=%body, \
+backend_config={"known_trip_count":{"n":"12"}}
+}
+"""
+
+
+def test_reads_every_form_of_groups_and_loops():
+    found = {
+        (each.op, each.axes, each.shapes): (each.bytes, each.times)
+        for each in collectives(HLO, MESH)
+    }
+    assert found == {
+        ("all-gather", ("tensor",), ("f32[8,16]",)): (512, 12),
+        ("reduce-scatter", ("context",), ("bf16[4,32]",)): (512, 12),
+        ("all-reduce", ("fsdp", "context"), ("f32[3]", "s32[]")): (16, 1),
+        ("all-reduce", ("tensor",), ("f32[7]",)): (28, 1),
+        ("collective-permute", ("context",), ("f32[5]",)): (20, 1),
+        ("all-gather", ("fsdp", "tensor"), ("bf16[4]",)): (8, 1),
+    }
+    (psum,) = (each for each in collectives(HLO, MESH) if each.axes == ("fsdp", "context"))
+    assert psum.source == "jit(step)/psum"
+
+
+def expected_bytes(sizes):
+    """Bytes of a step on one device by (kind, axes), as docs/parallelism.md counts them."""
+    config = config_340m(sizes)
+    model, mesh = config.model, dict(zip(MESH_AXES, sizes, strict=True))
+    length, fsdp, tensor, context = config.data.sequence_length, *sizes[1:]
+    rows = config.data.batch_size // (mesh["data"] * fsdp)
+    pairs, width = model.num_layers // 2, 4
+    latents = model.num_latent_groups * model.group_kv_lora_rank + model.qk_rope_head_dim
+    local = model.kv_lora_rank + model.qk_rope_head_dim
+    latent_rows = rows * (length + length // model.compression_stride) * latents * width
+    weights = _weight_bytes(model, tensor)
+    expected = Counter()
+    # Forward and once more backward; embeddings once. Gradients once.
+    expected["all-gather", "fsdp"] = 2 * weights["layers"] + weights["embedding"]
+    expected["reduce", "fsdp"] = sum(weights.values())
+    if context > 1:
+        expected["reduce", "context"] = weights["whole"] + (
+            (weights["layers"] + weights["embedding"]) / fsdp
+        )
+        expected["all-gather", "context"] = 2 * pairs * latent_rows + rows * length * width
+        expected["scatter", "context"] = pairs * latent_rows
+        # Two chunks, forward, once more and backward.
+        halo = rows * (model.window_size - 1) * local * width
+        expected["collective-permute", "context"] = 2 * 3 * pairs * halo
+    if tensor > 1:
+        # Two sums a layer forward, all but the last once more, and by each of its products with
+        # weights backward (query, gates, both of the MLP); the embedding and the loss; the
+        # gradient of latents; four numbers a token of the loss.
+        sums = pairs * (4 + 3 + 7) + 2
+        activations = rows * length * model.hidden_size * width
+        gradients = pairs * (latent_rows + rows * length * local * width)
+        expected["reduce", "tensor"] = sums * activations + gradients + 4 * rows * length * width
+    return expected
+
+
+def _weight_bytes(model, tensor):
+    """float32 bytes of weights on one device once gathered: spread by fsdp in layers or not."""
+    _, shapes, axes = abstract_model(model)
+    total = Counter()
+    leaves = zip(
+        jax.tree_util.tree_leaves_with_path(shapes),
+        jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)),
+        strict=True,
+    )
+    for (path, leaf), names in leaves:
+        part = "layers" if "embed" in names else "whole"
+        part = "embedding" if path[0].key == "embedding" else part
+        divided = {"vocab", "heads", "mlp"} & set(names)
+        total[part] += 4 * leaf.size // (tensor if divided else 1)
+    return total
+
+
+def kind_of(each):
+    """What a reduction is for: CPUs compile a reduce-scatter of weights as sum and slice."""
+    axes = "fsdp" if "fsdp" in each["axes"] else "+".join(each["axes"])
+    if each["op"] == "reduce-scatter" and axes == "context":
+        return "scatter", axes
+    op = "reduce" if each["op"] in ("all-reduce", "reduce-scatter") else each["op"]
+    return op, axes
+
+
+def check(*meshes):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compiled_step", json.dumps(meshes)],
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        },
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for sizes in meshes:
+        bytes_by_kind = Counter()
+        for each in found[str(list(sizes))]:
+            op, axes = kind_of(each)
+            bytes_by_kind[op, axes] += each["bytes"] * each["times"]
+            if op == "reduce" and {"fsdp", "context"} <= set(each["axes"]):
+                bytes_by_kind[op, "context"] += each["bytes"] * each["times"]
+        expected = expected_bytes(sizes)
+        for kind, count in expected.items():
+            assert bytes_by_kind.pop(kind) == pytest.approx(count, rel=1e-3), (sizes, kind)
+        assert sum(bytes_by_kind.values()) < 0.02 * expected["reduce", "fsdp"], bytes_by_kind
+
+
+def test_the_step_moves_what_the_design_names():
+    check((1, 4, 1, 2))
+
+
+@pytest.mark.slow
+def test_the_step_moves_what_the_design_names_on_other_meshes():
+    check((1, 8, 1, 1), (1, 4, 2, 1))
