@@ -1,6 +1,7 @@
 """What the tests of train.py as a command share."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ def wait_for_step(workdir: Path, step: int) -> None:
     wait_for(lambda: any(line["step"] >= step for line in read_metrics(workdir)))
 
 
-def wait_for(condition: Any) -> None:
-    """Returns when `condition()` holds; fails after two minutes."""
-    deadline = time.monotonic() + 120
+def wait_for(condition: Callable[[], Any], seconds: float = 120, every: float = 0.01) -> None:
+    """Returns when `condition()` holds; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(every)

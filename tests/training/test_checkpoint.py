@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -93,6 +94,13 @@ def test_restores_the_newest_step(workdir, meta):
     restored = _restore(workdir, meta)
     chex.assert_trees_all_equal(restored.state, _state(2))
     assert restored.data == {"next_index": 20}
+
+
+def test_the_newest_step_has_the_highest_number_whatever_the_clock_says(workdir, meta):
+    for path in (workdir / "checkpoints" / "2").rglob("*"):
+        os.utime(path, (0, 0))
+    os.utime(workdir / "checkpoints" / "2", (0, 0))
+    assert int(_restore(workdir, meta).state.step) == 2
 
 
 def test_a_new_run_has_nothing_to_restore(tmp_path, meta):

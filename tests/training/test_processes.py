@@ -1,5 +1,6 @@
 """Two processes on one machine, over loopback: train.py as on many hosts."""
 
+import fcntl
 import itertools
 import re
 import signal
@@ -43,7 +44,7 @@ def _output(workdir, run, process):
 
 
 def _checkpoints(workdir):
-    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdecimal())
+    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal())
 
 
 def test_two_processes_train_as_one_and_survive(finished, start_pair, train, tmp_path):
@@ -87,3 +88,32 @@ def test_two_processes_train_as_one_and_survive(finished, start_pair, train, tmp
     )
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     chex.assert_trees_all_close(final_params(workdir), final_params(finished[0]), atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("process", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["first-dies", "hangs"]
+)
+def test_no_process_waits_for_ever(start_pair, tmp_path, process, number):
+    """The process that the others report to is lost, or one falls silent and closes nothing."""
+    workdir = tmp_path / "run"
+    pair = start_pair(workdir, "--config.training.checkpoint_every_steps=5")
+    wait_for(lambda: _checkpoints(workdir))
+    pair[process].send_signal(number)
+    began = time.monotonic()
+    assert pair[1 - process].wait(6 * HEARTBEAT_SECONDS) != 0
+    print(f"ended {time.monotonic() - began:.1f} s later")
+
+
+def test_processes_that_never_come_are_not_waited_for(start_pair, start, tmp_path):
+    """The first process is refused the directory, so the second waits for nobody."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with (workdir / "train.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        began = time.monotonic()
+        pair = start_pair(workdir, "--join_timeout_seconds=5")
+        assert pair[0].wait(60) == 1
+        assert pair[1].wait(120) != 0
+    assert "a trainer works here already" in _output(workdir, 0, 0)
+    print(f"both ended {time.monotonic() - began:.1f} s after their start")

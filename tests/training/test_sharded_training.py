@@ -16,12 +16,13 @@ from asa_jax.flags import PROJECT
 from asa_jax.sharding import make_mesh
 from asa_jax.training.step import make_trainer
 
-# The first, which saves the checkpoint, spreads parameters over every axis.
+# The first, which saves the checkpoint, spreads parameters over every axis; the last has half of
+# the devices.
 MESHES = [
     {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
     {"data": 1, "fsdp": 1, "tensor": 1, "context": 1},
     {"data": 8, "fsdp": 1, "tensor": 1, "context": 1},
-    {"data": 2, "fsdp": 4, "tensor": 1, "context": 1},
+    {"data": 2, "fsdp": 2, "tensor": 1, "context": 1},
 ]
 CONTEXT_MESHES = [
     *MESHES[:2],

@@ -72,30 +72,6 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(finished, start, train, 
     chex.assert_trees_all_equal(final_params(workdir), final_params(finished[0]))
 
 
-@pytest.mark.slow
-def test_kills_lose_at_most_one_save_interval_and_change_nothing(finished, start, train, tmp_path):
-    workdir, rng = tmp_path / "run", random.Random(0)
-    interval = 2
-    flags = [f"--config.training.checkpoint_every_steps={interval}"]
-    for _ in range(3):
-        reached = max((line["step"] for line in read_metrics(workdir)), default=0)
-        process = start(workdir, *flags)
-        wait_for_step(workdir, 1)
-        while process.poll() is None and (len(read_metrics(workdir)) < reached + 3):
-            time.sleep(0.01)
-        time.sleep(rng.random() / 20)
-        process.kill()
-        process.wait()
-        newest = read_metrics(workdir)[-1]["step"]
-    done = train(workdir, *flags)
-    assert done.returncode == 0, done.stderr
-    resumed = int(done.stdout.split("step ")[1].split()[0])
-    assert resumed >= newest - 2 * interval
-    steps = [x for x in losses(workdir) if x[1] is not None]
-    assert steps == [x for x in losses(finished[0]) if x[1] is not None]
-    chex.assert_trees_all_equal(final_params(workdir), final_params(finished[0]))
-
-
 def test_a_damaged_newest_step_is_passed_over(finished, train, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)

@@ -1,0 +1,268 @@
+"""train.py where machines fail: kills, full and read-only disks, other devices, a long run.
+
+docs/reliability.md lists every case of failure with its test; those of single parts are beside
+those parts.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from asa_jax.config import config_to_dict
+from asa_jax.data.shards import open_token_folder
+from asa_jax.flags import PROJECT
+from asa_jax.sharding import make_mesh
+from asa_jax.training.checkpoint import restore_params
+from asa_jax.training.feed import Feed
+from asa_jax.training.metrics import read_metrics
+from asa_jax.training.step import make_trainer
+from tests.training.commands import STEPS, final_params, losses, wait_for
+
+TEMPORARY = "*.orbax-checkpoint-tmp"
+
+
+def _saved(workdir: Path) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdecimal())
+
+
+def _begun(workdir: Path) -> int:
+    """The newest step whose save was begun."""
+    names = [p.name.split(".")[0] for p in (workdir / "checkpoints").glob(TEMPORARY)]
+    return max([*map(int, names), *_saved(workdir)], default=0)
+
+
+@pytest.mark.slow
+def test_ten_kills_during_saves_change_nothing(finished, start, train, tmp_path):
+    """Each restart goes on from the save before the one that was cut off."""
+    workdir, rng, cut_off = tmp_path / "run", random.Random(0), 0
+    every = "--config.training.checkpoint_every_steps=1"
+    for _ in range(10):
+        before = _begun(workdir)
+        process = start(workdir, every)
+        wait_for(lambda before=before: _begun(workdir) > before)
+        # A save takes some hundredths of a second, and the next begins when it is done.
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(rng.random() / 10)
+        process.kill()
+        process.wait()
+        cut_off += any((workdir / "checkpoints").glob(TEMPORARY))
+        assert _saved(workdir) == [] or _saved(workdir)[-1] >= _begun(workdir) - 1
+    print(f"{cut_off} of 10 kills cut a save off")
+    newest = _begun(workdir)
+    done = train(workdir, every)
+    assert done.returncode == 0, done.stderr
+    resumed = int(re.search(r"(?:resumes after|starts at) step (\d+)", done.stdout)[1])
+    assert newest - 1 <= resumed <= newest
+    steps = [x for x in losses(workdir) if x[1] is not None]
+    assert steps == [x for x in losses(finished[0]) if x[1] is not None]
+    chex.assert_trees_all_equal(final_params(workdir), final_params(finished[0]))
+
+
+def test_a_disk_that_is_full_at_the_last_save(command, environment, finished, tmp_path):
+    """A limit on file sizes in its place; the steps before stay, and no half step is listed."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    limited = ["bash", "-c", 'ulimit -f 45; exec "$@"', "-", *command, f"--workdir={workdir}"]
+    done = subprocess.run(limited, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith(f"resumes after step 40 of {STEPS}")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.search(rf"{workdir}/checkpoints: a checkpoint of \d+ bytes could not be wri", line)
+    assert _saved(workdir) == [20, 40]
+    chex.assert_trees_all_equal(restore_params(workdir)[1], restore_params(finished[0], step=40)[1])
+
+
+# Permissions hold for root too after PR_CAPBSET_DROP of CAP_DAC_OVERRIDE and the exec.
+WITHOUT_OVERRIDE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_directory_that_cannot_be_written(command, environment, finished, tmp_path, begun):
+    workdir = tmp_path / "run"
+    if begun:
+        shutil.copytree(finished[0], workdir)
+    folder = workdir if begun else tmp_path
+    folder.chmod(0o555)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_OVERRIDE, *command, f"--workdir={workdir}"],
+        cwd=PROJECT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    folder.chmod(0o755)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {workdir}") and "Permission denied" in line
+
+
+def _with_devices(environment, number):
+    """Simulated devices in the place of `number` GPUs."""
+    flags = f"{environment['XLA_FLAGS']} --xla_force_host_platform_device_count={number}"
+    return environment | {"XLA_FLAGS": flags}
+
+
+@pytest.mark.slow
+def test_the_number_of_devices_changes_on_the_way(command, environment, tmp_path):
+    """8, 4, 1 and 8 devices, ten steps each, give what one gives; so the batches are the same."""
+
+    def run(name, steps, devices, *more):
+        done = subprocess.run(
+            [*command, f"--workdir={tmp_path / name}", f"--config.training.steps={steps}",
+             "--config.optimizer.schedule=constant", "--config.optimizer.learning_rate=1e-3",
+             *more],
+            cwd=PROJECT, env=_with_devices(environment, devices), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"{devices} cpu" in done.stdout
+
+    run("one", 40, 1)
+    run("many", 10, 8, "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    run("many", 20, 4, "--config.mesh.fsdp=2")
+    run("many", 30, 1)
+    run("many", 40, 8)
+    expected, found = (
+        [line["loss"] for line in read_metrics(tmp_path / name) if "loss" in line]
+        for name in ("one", "many")
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_an_impossible_mesh_is_one_line(train, tmp_path):
+    done = train(tmp_path / "run", "--config.mesh.tensor=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: config.mesh: data=-1 x fsdp=1 x tensor=3 x context=1 needs")
+
+
+@pytest.fixture
+def fast_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("fast_compilation")
+def test_a_step_with_shuffled_labels_is_skipped(make_config, token_folder):
+    """By the policy where its factor is 2; the numbers are in the metrics whatever it is."""
+    spike, steps = 25, 30
+    config = make_config(**{"training.spike_factor": 2.0, "training.steps": steps})
+    sources, mesh = [open_token_folder(token_folder)], make_mesh(config.mesh)
+    with jax.set_mesh(mesh), Feed(config, sources, mesh) as feed:
+        trainer = make_trainer(config, mesh, sources[0].tokenizer().byte_lengths())
+        state = trainer.init()
+        for step in range(1, steps + 1):
+            batch, _ = feed.next()
+            if step == spike:
+                before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+                targets = np.random.default_rng(0).permutation(np.ravel(batch["targets"]))
+                batch["targets"] = jax.numpy.reshape(targets, batch["inputs"].shape)
+            state, metrics = trainer.step(state, batch)
+            if step == spike:
+                chex.assert_trees_all_equal((state.params, state.opt_state), before)
+                assert metrics["grad_norm"] > 2 * metrics["grad_norm_average"]
+            assert metrics["skipped_steps"] == (step >= spike)
+
+
+def _resumed_equals_straight(config, folder, environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.resumed_run", str(folder)],
+        input=json.dumps(config_to_dict(config)), cwd=PROJECT, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result.pop("platform") in ("cpu", "gpu")
+    assert result == {"steps": [20, 20], "losses_equal": True, "params_equal": True}
+
+
+FIELDS = {
+    "model.layer_kinds": ("local", "global"),
+    # A schedule that does not depend on the number of steps, which is 10 at first.
+    "optimizer.schedule": "constant",
+    "optimizer.name": "muon",
+}
+
+
+def test_ten_and_ten_steps_are_twenty(make_config, token_folder, environment, tmp_path):
+    config = make_config(**FIELDS, **{"data.sources": (str(token_folder),)})
+    _resumed_equals_straight(config, tmp_path, environment)
+
+
+@pytest.mark.gpu
+def test_ten_and_ten_steps_are_twenty_on_a_gpu(make_config, token_folder, tmp_path):
+    """With the kernels, in bfloat16, under XLA's flag for deterministic operations."""
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    sizes = {
+        "model.hidden_size": 512, "model.num_heads": 8, "model.num_kv_heads": 2,
+        "model.head_dim": 64, "model.window_size": 256, "model.kv_lora_rank": 128,
+        "model.qk_nope_head_dim": 64, "model.qk_rope_head_dim": 32, "model.v_head_dim": 64,
+        "model.num_latent_groups": 2, "model.group_kv_lora_rank": 128,
+        "model.compression_block_size": 16, "model.compression_stride": 16,
+        "model.selection_block_size": 16, "model.num_selected_blocks": 16,
+        "model.compute_dtype": "bfloat16", "data.sequence_length": 1024, "data.batch_size": 4,
+    }  # fmt: skip
+    config = make_config(**FIELDS, **sizes, **{"data.sources": (str(token_folder),)})
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+    # The process of the tests holds memory of the device too.
+    environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    _resumed_equals_straight(config, tmp_path, environment)
+
+
+def _resident_bytes(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _files(workdir: Path) -> int:
+    return sum(path.is_file() for path in workdir.rglob("*"))
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_need_no_more_memory_files_or_compilation(
+    start, environment, monkeypatch, tmp_path
+):
+    workdir, steps, warm = tmp_path / "run", 2000, 500
+    monkeypatch.setitem(environment, "JAX_LOG_COMPILES", "1")
+    process = start(
+        workdir, f"--config.training.steps={steps}", "--config.training.log_every_steps=100",
+        "--config.training.checkpoint_every_steps=100", "--config.training.eval_every_steps=100",
+        "--config.optimizer.learning_rate=1e-3",
+    )  # fmt: skip
+    samples: list[tuple[int, int, int]] = []
+
+    def sample():
+        lines = read_metrics(workdir)
+        if lines and process.poll() is None:
+            samples.append((lines[-1]["step"], _resident_bytes(process.pid), _files(workdir)))
+        return process.poll() is not None
+
+    wait_for(sample, seconds=280, every=0.5)
+    output = (tmp_path / "output").read_text()
+    assert process.returncode == 0, output[-2000:]
+    early, late = (
+        [x for x in samples if first <= x[0] < last]
+        for first, last in ((warm, 2 * warm), (steps - warm, steps))
+    )
+    memory = [max(x[1] for x in part) for part in (early, late)]
+    files = [max(x[2] for x in part) for part in (early, late)]
+    print(f"memory {memory[0] / 2**20:.1f} -> {memory[1] / 2**20:.1f} MiB, files {files}")
+    assert memory[1] < 1.05 * memory[0]
+    assert files[1] <= files[0] + 20  # those of a save that is being written
+    # Of the whole run, the step is compiled once; after the first hundred steps, nothing is.
+    assert len(re.findall(r"Finished XLA compilation of jit\(step\)", output)) == 1
+    middle = output[output.index("step  200/2000") : output.index("step 2000/2000")]
+    assert "XLA compilation" not in middle
