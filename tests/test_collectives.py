@@ -32,7 +32,8 @@ HloModule jit_step
 
 ENTRY %main (p: f32[4]) -> f32[] {
   %ar = (f32[3]{0}, s32[]) all-reduce(%a, %b), \
-replica_groups=mesh['fsdp'=2,'tensor'=2,'context'=2] {'fsdp','context'}, to_apply=%add, metadata={op_name="jit(step)/psum"}
+replica_groups=mesh['fsdp'=2,'tensor'=2,'context'=2] {'fsdp','context'}, to_apply=%add, \
+metadata={op_name="jit(step)/psum"}
   %one = f32[99] all-reduce(%a), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
   %part = f32[7] all-reduce(%a), replica_groups=mesh['a'=8] {'a':(2)2}, to_apply=%add
   %halo = f32[5] collective-permute(%c), source_target_pairs={{0,1},{2,3},{4,5},{6,7}}
