@@ -2,10 +2,10 @@
 
 The work is bound by what leaves the L2 cache: a block of keys serves the few rows of the groups
 that chose it. So the forward pass and the query's gradient walk the union of the lists of
-neighbouring groups (`forward`), which fetches a block once for all of them; and the gradient of the
-keys walks the inverse lists range by range of queries (`backward`), so that what runs together
-shares queries in the cache. `lists` builds both. Heads are laid out as rows [B, K, T *
-heads, width], which makes the rows of a tile one copy.
+neighbouring groups (`tile_walk`), which fetches a block once for all of them; and the gradient of
+the keys walks the inverse lists range by range of queries (`key_gradient`), so that what runs
+together shares queries in the cache. `lists` builds both. Queries, outputs and their gradients stay
+as the caller has them where 8 heads or more share a key head.
 """
 
 import functools
@@ -17,15 +17,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.masked_attention import RESIDUAL_NAMES, from_rows, to_rows
 from pallas_kernels.mosaic import tiles
-from pallas_kernels.selected_attention import backward, forward
-from pallas_kernels.selected_attention.forward import KEYS, Problem
+from pallas_kernels.selected_attention import (
+    forward,
+    key_gradient,
+    query_gradient,
+    row_statistics,
+)
 from pallas_kernels.selected_attention.lists import Cells, clean_lists, inverse_lists, union_lists
+from pallas_kernels.selected_attention.tile_walk import KEYS, Problem
 
 MIN_ROWS_OF_GROUP = 8  # the rows of a tile of shared memory
 MAX_COLUMNS = 256  # float32 sums [64, 256] are half the registers of a warpgroup
 GROUPS_PER_ITEM = 256  # bounds the serial work on a block that every group chose
 # So many bytes of queries and output gradients of one key head are swept together: what is read
-# again comes from the L2 cache. Measured: 38 MB is best for latents, 67 MB for heads of 64. But
+# again comes from the L2 cache. Measured: 38 MB is best for latents, 67 MB for other heads. But
 # each range makes partial sums for every block before it, so there are not more than 16.
 RANGE_BYTES, MAX_RANGES = 2**26, 16
 ROPE_WIDTHS = (0, 32, 64)
@@ -53,10 +58,18 @@ def selected_attention(
     num_kv_heads = key.shape[2]
     heads = num_heads // num_kv_heads
     padded_heads = _power_of_two(max(heads, MIN_ROWS_OF_GROUP // queries_per_selection))
-    problem = Problem(block_size, queries_per_selection, padded_heads, scale, interpret)
+    tail = -length % KEYS
+    problem = Problem(
+        num_tokens=length + tail,
+        num_kv_heads=num_kv_heads,
+        heads=padded_heads,
+        block_size=block_size,
+        queries_per_selection=queries_per_selection,
+        scale=scale,
+        interpret=interpret,
+    )
     value_dim = value_dim or key.shape[3] if value is None else value.shape[3]
     _check(problem, query, key, value, value_dim)
-    tail = -length % KEYS
     query, key = _pad(query, 1, tail), _pad(key, 1, tail)
     value = _pad(value, 1, tail)
     num_groups = query.shape[1] // queries_per_selection
@@ -123,13 +136,6 @@ def _drop_heads(array: jax.Array, num_kv_heads: int, heads: int) -> jax.Array:
     return split.reshape(batch, length, num_kv_heads * heads, *rest)
 
 
-def _parts(array: jax.Array, value: jax.Array | None, value_dim: int) -> tuple[jax.Array, ...]:
-    """Splits queries or keys where the value is a part of the key: copies cannot be 160 wide."""
-    if value is not None or value_dim == array.shape[-1]:
-        return (array,)
-    return array[..., :value_dim], array[..., value_dim:]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
     problem: Problem,
@@ -144,53 +150,48 @@ def _attention(
 
 
 def _forward(problem, value_dim, query, key, value, lists):  # type: ignore[no-untyped-def]
-    length, num_kv_heads = key.shape[1:3]
-    query_rows = _parts(to_rows(query, num_kv_heads), value, value_dim)
-    keys = _parts(key, value, value_dim)
+    rows = problem.to_rows(query)
     entries, counts = union_lists(lists, problem.groups_per_tile)
     outputs = []
     for start in range(0, value_dim, MAX_COLUMNS):
         columns = slice(start, min(start + MAX_COLUMNS, value_dim))
         output, lse = forward.forward(
-            problem, query_rows, keys, value, entries, counts,
+            problem, rows, key, value, entries, counts,
             value_columns=columns, num_stages=1 if value_dim > MAX_COLUMNS else 2,
         )  # fmt: skip
         outputs.append(output)
     output = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=-1)
-    output = checkpoint_name(from_rows(output, length), RESIDUAL_NAMES[0])
+    output = checkpoint_name(problem.from_rows(output), RESIDUAL_NAMES[0])
     lse = checkpoint_name(lse, RESIDUAL_NAMES[1])
-    residuals = query_rows, keys, value, lists, entries, counts, output, lse
-    return (output, from_rows(lse / tiles.LOG2E, length)), residuals
+    residuals = rows, key, value, lists, entries, counts, output, lse
+    return (output, from_rows(lse / tiles.LOG2E, problem.num_tokens)), residuals
 
 
 def _backward(problem, value_dim, residuals, cotangents):  # type: ignore[no-untyped-def]
-    query_rows, keys, value, lists, entries, counts, output, lse = residuals
+    query, key, value, lists, entries, counts, output, lse = residuals
     doutput, dlse = cotangents
     if value_dim > MAX_COLUMNS:
         raise NotImplementedError(f"value_dim: no gradient kernel for {value_dim}")
-    length, num_kv_heads = keys[0].shape[1:3]
     delta = (doutput.astype(jnp.float32) * output).sum(-1)
     sees_any = lse > -jnp.inf
-    delta = to_rows(delta, num_kv_heads) - jnp.where(sees_any, to_rows(dlse, num_kv_heads), 0)
-    row_statistics = backward.statistics(problem, jnp.where(sees_any, lse, 0), delta)
-    doutput = to_rows(doutput, num_kv_heads)
-    dquery = backward.query_gradient(
-        problem, query_rows, keys, value, doutput, row_statistics, entries, counts, num_stages=2
+    delta, dlse = (to_rows(x, problem.num_kv_heads) for x in (delta, dlse))
+    delta -= jnp.where(sees_any, dlse, 0)
+    lse = jnp.where(sees_any, lse, 0)
+    doutput = problem.to_rows(doutput)
+    dquery = query_gradient.query_gradient(
+        problem, query, key, value, doutput, lse, delta, entries, counts, num_stages=2
     )
-    dquery = from_rows(jnp.concatenate(dquery, axis=-1), length)
-    dkeys = _key_gradients(problem, query_rows, keys, value, doutput, row_statistics, lists)
-    dvalue = None if value is None else dkeys.pop()
-    unpadded = (x[..., : part.shape[-1]] for x, part in zip(dkeys, keys, strict=True))
-    dkey = jnp.concatenate(list(unpadded), axis=-1)
-    return dquery, dkey, dvalue, None
+    statistics = row_statistics.lay_out(problem, lse, delta)
+    dkey, *dvalue = _key_gradients(problem, query, key, value, doutput, statistics, lists)
+    return problem.from_rows(dquery), dkey, *(dvalue or [None]), None
 
 
 def _key_gradients(  # type: ignore[no-untyped-def]
-    problem, query_rows, keys, value, doutput, row_statistics, lists
+    problem, query, key, value, doutput, statistics, lists
 ) -> list[jax.Array]:
-    """Gradients [B, T, K, w] of the parts of the key, padded, and of the value if there is one."""
-    batch, length, num_kv_heads, _ = keys[0].shape
-    numbers = problem.heads * sum(part.shape[3] for part in (*query_rows, doutput))
+    """Gradients of the key and of the value if there is one."""
+    batch, length, num_kv_heads, _ = key.shape
+    numbers = problem.heads * (query.shape[-1] + doutput.shape[-1])
     in_cache = RANGE_BYTES // (numbers * doutput.dtype.itemsize)
     range_tokens = _power_of_two(max(in_cache // 2 + 1, -(-length // MAX_RANGES)))
     cells = Cells(
@@ -201,13 +202,13 @@ def _key_gradients(  # type: ignore[no-untyped-def]
         blocks_per_range=range_tokens // problem.block_size,
     )
     inverse = inverse_lists(lists, cells, GROUPS_PER_ITEM)
-    items = backward.key_gradient_items(
-        problem, query_rows, keys, value, doutput, row_statistics, inverse, num_stages=2
+    items = key_gradient.key_gradient_items(
+        problem, query, key, value, doutput, statistics, inverse, num_stages=2
     )
-    lead, dtype = (batch, length, num_kv_heads), keys[0].dtype
+    arrays = (key,) if value is None else (key, value)
     return [
-        backward.sum_items(problem, part, inverse, cells, (*lead, part.shape[1]), dtype)
-        for part in items
+        key_gradient.sum_items(problem, part, inverse, cells, array)
+        for part, array in zip(items, arrays, strict=True)
     ]
 
 
