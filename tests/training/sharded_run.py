@@ -1,7 +1,8 @@
 """Trains a few steps on several meshes of simulated devices, for test_sharded_training.py.
 
-Reads {"config": ..., "meshes": [...], "workdir": ...} from stdin. Writes the losses of each mesh
-and whether checkpoints of one restore exactly on the others.
+Reads {"config": ..., "meshes": [...], "workdir": ...} from stdin. Writes the losses of each mesh,
+whether checkpoints of one restore exactly on the others, and whether all get the same batch of the
+config's data.
 """
 
 import dataclasses
@@ -13,10 +14,12 @@ import jax
 import numpy as np
 
 from asa_jax.config import MeshConfig, config_from_dict
-from asa_jax.context_parallel import place_rows
+from asa_jax.context_parallel import place_rows, row_order
+from asa_jax.data.shards import open_token_folder
 from asa_jax.sharding import batch_sharding, make_mesh
 from asa_jax.training.checkpoint import make_meta, restore_params, restore_state
 from asa_jax.training.checkpoint_writer import CheckpointWriter
+from asa_jax.training.feed import Feed
 from asa_jax.training.step import make_trainer
 
 STEPS = 3
@@ -42,17 +45,26 @@ def batches(config):
         }
 
 
+def first_batch(config, mesh):
+    """The first batch of the data, brought back to the order of rows."""
+    order = row_order(config.data.sequence_length, config.mesh.context)
+    sources = [open_token_folder(Path(source)) for source in config.data.sources]
+    with Feed(config, sources, mesh) as feed:
+        return {name: np.asarray(rows)[:, order] for name, rows in feed.next()[0].items()}
+
+
 def main() -> None:
     request = json.load(sys.stdin)
     workdir = Path(request["workdir"])
     (workdir / "checkpoints").mkdir()
     lengths = np.ones(request["config"]["model"]["vocab_size"], np.int32)
-    losses, states, starts, saved = [], [], [], None
+    losses, states, starts, fed, saved = [], [], [], [], None
     for sizes in request["meshes"]:
         config = config_from_dict(request["config"])
         config = dataclasses.replace(config, mesh=MeshConfig(**sizes))
         devices = jax.devices()[: int(np.prod(list(sizes.values())))]
         mesh = make_mesh(config.mesh, devices)
+        fed.append(first_batch(config, mesh))
         with jax.set_mesh(mesh):
             trainer = make_trainer(config, mesh, lengths)
             meta = make_meta(config, mesh, trainer.state, {})
@@ -89,7 +101,11 @@ def main() -> None:
                 )
             )
     same_start = all(map(np.array_equal, *map(jax.tree.leaves, starts)))
-    result = {"losses": losses, "restored_exactly": states, "same_start": same_start}
+    same_batch = all(np.array_equal(batch[name], fed[0][name]) for batch in fed for name in fed[0])
+    result = {
+        "losses": losses, "restored_exactly": states, "same_start": same_start,
+        "same_batch": same_batch,
+    }  # fmt: skip
     json.dump(result, sys.stdout)
 
 

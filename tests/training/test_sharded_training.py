@@ -36,13 +36,16 @@ CONTEXT_MESHES = [
     ("kinds", "optimizer", "meshes"),
     [(("sliding", "sliding"), "muon", MESHES), (("local", "global"), "adamw", CONTEXT_MESHES)],
 )
-def test_every_mesh_gives_the_losses_of_one_device(make_config, tmp_path, kinds, optimizer, meshes):
+def test_every_mesh_gives_the_losses_of_one_device(
+    make_config, token_folder, tmp_path, kinds, optimizer, meshes
+):  # fmt: skip
     config = make_config(
         **{
             "model.layer_kinds": kinds,
             "optimizer.name": optimizer,
             "optimizer.learning_rate": 1e-3,
             "data.batch_size": 16,
+            "data.sources": (str(token_folder),),
             "optimizer.accumulation_steps": 2,
         }
     )
@@ -69,6 +72,7 @@ def test_every_mesh_gives_the_losses_of_one_device(make_config, tmp_path, kinds,
         np.testing.assert_allclose(losses, result["losses"][1], rtol=1e-4, err_msg=str(sizes))
     assert result["losses"][1][0] != result["losses"][1][2]
     assert result["same_start"]
+    assert result["same_batch"]
     assert result["restored_exactly"] == [True] * len(meshes)
 
 
