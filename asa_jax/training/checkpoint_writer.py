@@ -15,7 +15,11 @@ import orbax.checkpoint as ocp
 from asa_jax.errors import CheckpointError
 from asa_jax.training.checkpoint import optimizer_item
 from asa_jax.training.digest import write_digest
-from asa_jax.training.processes import from_first_process, wait_for_all
+from asa_jax.training.processes import (
+    from_first_process,
+    is_lost_process,
+    wait_for_all,
+)
 from asa_jax.training.run_directory import CHECKPOINTS
 from asa_jax.training.step import TrainState
 
@@ -58,6 +62,8 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if is_lost_process(error):
+            return  # a save under way would wait for it too
         try:
             self.wait()
         except CheckpointError as failure:

@@ -46,7 +46,7 @@ def joined(launch: Launch) -> Iterator[None]:
         yield
         jax.distributed.shutdown()
     except (ValueError, RuntimeError) as error:
-        if not _LOST.search(str(error)):
+        if not is_lost_process(error):
             raise
         raise UserError(
             f"process {launch.process_id}: another process ended or cannot be reached "
@@ -74,6 +74,13 @@ def _join(launch: Launch) -> None:
             "--coordinator_address, --num_processes and --process_id, or --num_processes=1 to run "
             "alone"
         ) from error
+
+
+def is_lost_process(error: BaseException | None) -> bool:
+    """Whether an error says that another process ended or cannot be reached."""
+    if jax.process_count() == 1 or not isinstance(error, ValueError | RuntimeError):
+        return False
+    return bool(_LOST.search(str(error)))
 
 
 def from_first_process(value: Callable[[], int]) -> int:

@@ -131,11 +131,13 @@ def start(command: list[str], environment: dict[str, str]) -> Iterator[Callable[
     """Returns start(workdir, *more flags), which runs in the background; killed after the test."""
     running = []
 
-    def run(workdir: Path, *more: str, output: str = "output") -> subprocess.Popen[bytes]:
+    def run(
+        workdir: Path, *more: str, output: str = "output", **variables: str
+    ) -> subprocess.Popen[bytes]:
         with (workdir.parent / output).open("w") as file:
             process = subprocess.Popen(
                 [*command, f"--workdir={workdir}", *more],
-                cwd=PROJECT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+                cwd=PROJECT, env=environment | variables, stdout=file, stderr=subprocess.STDOUT,
             )  # fmt: skip
         running.append(process)
         return process
