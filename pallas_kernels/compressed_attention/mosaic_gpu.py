@@ -30,6 +30,7 @@ def compressed_attention(
         output = jnp.zeros((*query.shape[:3], value_dim), query.dtype)
         return output, jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
     settings = Settings(
+        "compressed_attention",
         KeyRange(block_size, stride),
         value_dim,
         scale,

@@ -31,6 +31,7 @@ class Settings:
     """What is static of a call.
 
     Attributes:
+      name: Of the operation, for profiles.
       key_range: The keys that a token sees.
       value_dim: h.
       scale: Factor of the scores.
@@ -38,6 +39,7 @@ class Settings:
       interpret: Parameters of interpret mode, for tests.
     """
 
+    name: str
     key_range: KeyRange
     value_dim: int
     scale: float
@@ -118,6 +120,7 @@ def _forward(
         key_range=settings.key_range,
         value_dim=settings.value_dim,
         scale=settings.scale,
+        name=f"{settings.name}_forward",
         warpgroups=settings.warpgroups,
         interpret=settings.interpret,
     )
@@ -140,12 +143,14 @@ def _backward(
         "interpret": settings.interpret,
     }
     dquery, delta = flash_dq(
-        query, key, value, output, doutput, lse, dlse, documents, **shared_settings
-    )
+        query, key, value, output, doutput, lse, dlse, documents,
+        name=f"{settings.name}_dq", **shared_settings,
+    )  # fmt: skip
     head_parts, token_parts = _parts(query, key, settings)
     dkey, dvalue = flash_dkv(
         query, key, value, doutput, lse, delta, documents,
-        head_parts=head_parts, token_parts=token_parts, **shared_settings,
+        head_parts=head_parts, token_parts=token_parts, name=f"{settings.name}_dkv",
+        **shared_settings,
     )  # fmt: skip
     return dquery, dkey, dvalue, None
 

@@ -45,6 +45,7 @@ def flash_dkv(
     scale: float,
     head_parts: int,
     token_parts: int,
+    name: str,
     warpgroups: int = 2,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -62,6 +63,7 @@ def flash_dkv(
       scale: Factor of the scores.
       head_parts: Parts in which the query heads of a key head are cut.
       token_parts: Parts in which the tokens that see a tile of keys are cut.
+      name: Of the kernel, in profiles.
       warpgroups: Warpgroups that compute.
       interpret: Parameters of interpret mode, for tests.
 
@@ -284,6 +286,7 @@ def flash_dkv(
     }
     dkey, dvalue = plgpu.kernel(
         body,
+        kernel_name=name,
         out_type=(sums_of(key), sums_of(value)),
         grid=(batch, num_keys // (warpgroups * KEYS), num_kv_heads, parts),
         grid_names=("batch", "tile", "kv_head", "part"),

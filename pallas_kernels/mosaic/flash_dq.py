@@ -33,6 +33,7 @@ def flash_dq(
     *,
     key_range: KeyRange,
     scale: float,
+    name: str,
     warpgroups: int = 2,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -49,6 +50,7 @@ def flash_dq(
       documents: Bounds of packed documents, None = one document a row.
       key_range: The keys that a token sees.
       scale: Factor of the scores.
+      name: Of the kernel, in profiles.
       warpgroups: Warpgroups that compute.
       interpret: Parameters of interpret mode, for tests.
 
@@ -153,6 +155,7 @@ def flash_dq(
     }
     return plgpu.kernel(
         body,
+        kernel_name=name,
         out_type=(
             jax.ShapeDtypeStruct(query.shape, dtype),
             jax.ShapeDtypeStruct(lse.shape, jnp.float32),

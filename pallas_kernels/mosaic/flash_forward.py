@@ -38,6 +38,7 @@ def flash_forward(
     key_range: KeyRange,
     value_dim: int,
     scale: float,
+    name: str,
     warpgroups: int = 2,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -51,6 +52,7 @@ def flash_forward(
       key_range: The keys that a token sees.
       value_dim: h.
       scale: Factor of the scores.
+      name: Of the kernel, in profiles.
       warpgroups: Warpgroups that compute.
       interpret: Parameters of interpret mode, for tests.
 
@@ -188,6 +190,7 @@ def flash_forward(
     }
     return plgpu.kernel(
         body,
+        kernel_name=name,
         out_type=(
             jax.ShapeDtypeStruct((batch, length, num_heads, value_dim), dtype),
             jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32),

@@ -81,6 +81,7 @@ def largest(
     lists = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((batch, num_rows, num_kv_heads, width), jnp.int32),
+        kernel_name="select_blocks_largest",
         grid=(batch, num_kv_heads, num_rows),
         grid_names=("batch", "head", "row"),
         num_threads=1,  # reductions over warps of several warpgroups would share their scratch

@@ -163,6 +163,7 @@ def importance(
         out_type=jax.ShapeDtypeStruct(
             (batch, num_kv_heads, num_rows, num_words, WARPS, LANES), jnp.float32
         ),
+        kernel_name="select_blocks_scores",
         grid=(batch, num_kv_heads, num_rows // tiles.ROWS, num_columns // sizes.columns),
         grid_names=("batch", "head", "tile", "chunk"),
         num_threads=warpgroups,

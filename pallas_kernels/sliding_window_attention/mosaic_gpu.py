@@ -25,6 +25,7 @@ def sliding_window_attention(
     """
     value_dim = value_dim or key.shape[-1] if value is None else value.shape[-1]
     settings = Settings(
+        "sliding_window_attention",
         KeyRange(window=min(window_size, NO_WINDOW)),
         value_dim,
         scale,

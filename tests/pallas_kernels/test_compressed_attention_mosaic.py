@@ -60,7 +60,9 @@ def definition(value_dim: int, block_size: int, stride: int) -> flash_checks.Att
 def test_lowers_with_gradients(name: str, packed: bool) -> None:
     shapes, *sizes = shapes_of(name, 2, 2000)
     text = flash_checks.lower_gradient(kernel(*sizes), shapes, packed)
-    assert text.count("@mosaic_gpu") == 3  # forward, query, key and value
+    assert text.count("@mosaic_gpu") == 3
+    for part in ("forward", "dq", "dkv"):
+        assert f"compressed_attention_{part}" in text  # names of the kernels, for profiles
 
 
 @pytest.mark.parametrize("length", [65, 1_048_576])

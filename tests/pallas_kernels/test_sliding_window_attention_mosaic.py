@@ -66,7 +66,9 @@ def definition(window: int, value_dim: int) -> flash_checks.Attend:
 def test_lowers_with_gradients(name: str, packed: bool) -> None:
     shapes, value_dim, window = shapes_of(name, 2, 1000)
     text = flash_checks.lower_gradient(kernel(window, value_dim), shapes, packed)
-    assert text.count("@mosaic_gpu") == 3  # forward, query, key and value
+    assert text.count("@mosaic_gpu") == 3
+    for part in ("forward", "dq", "dkv"):
+        assert f"sliding_window_attention_{part}" in text  # names of the kernels, for profiles
 
 
 @pytest.mark.parametrize("length", [1, 65, 1_048_576])
