@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,7 +33,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
 
 # Failures of the machine, not of the program: told in one line.
-_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_MACHINE_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS
+)  # fmt: skip
 
 
 def parse_run_flags() -> tuple[Config, Path]:
@@ -134,10 +137,12 @@ def _guarded(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         _discard_output()
         return 1
-    except OSError as error:
-        if error.errno not in _MACHINE_ERRORS:
-            raise
-        return _fail(_describe(error), 1)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
+            return _fail(_describe(error), 1)
+        # Printed here, because at a normal exit jax would wait for processes that may be gone.
+        traceback.print_exc()
+        return 1
 
 
 def _print_unraisable(unraisable: Any) -> None:
