@@ -23,6 +23,7 @@ from pallas_kernels.select_blocks.largest import MAX_LIST, largest
 from pallas_kernels.select_blocks.scores import COLUMNS_MULTIPLE, Tap, Tiling, importance, tiling
 
 MAX_SCORES = 2**26  # float32 numbers in memory at a time
+MAX_HEAD_DIM = 320
 
 
 def select_blocks(
@@ -86,8 +87,9 @@ def check_supported(query: jax.Array, key: jax.Array, num_selected_blocks: int) 
     """Raises NotImplementedError unless the kernels take arrays and lists like these."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or key.dtype != query.dtype:
         raise NotImplementedError(f"query {query.dtype}, key {key.dtype}: not both of 16 bits")
-    if query.shape[3] % 32 or query.shape[3] > 256:
-        raise NotImplementedError(f"head dim {query.shape[3]}: not a multiple of 32 up to 256")
+    head_dim = query.shape[3]
+    if head_dim % 32 or head_dim > MAX_HEAD_DIM:
+        raise NotImplementedError(f"head dim {head_dim}: not a multiple of 32 to {MAX_HEAD_DIM}")
     if not 3 <= num_selected_blocks <= MAX_LIST:
         raise NotImplementedError(f"num_selected_blocks {num_selected_blocks}: not 3 .. {MAX_LIST}")
     if 0 in query.shape or 0 in key.shape:

@@ -22,6 +22,7 @@ needs_hopper = pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopp
 # query heads, key heads, head dim; block, compressed block, stride; list, queries a list
 ASA = (16, 2, 160), (16, 16, 16), 64, 4
 ASA_EACH_QUERY = (16, 2, 160), (16, 16, 16), 128, 1
+ASA_1B = (16, 2, 320), (16, 16, 16), 64, 4
 NSA_16 = (16, 4, 64), (64, 32, 16), 16, 4
 NSA_64 = (64, 4, 128), (64, 32, 16), 16, 1
 
@@ -106,7 +107,15 @@ def expected_lists(scores, own, first, size):
 
 @pytest.mark.parametrize(
     ("shape", "num_tokens"),
-    [(ASA, 8192), (ASA_EACH_QUERY, 2048), (NSA_16, 8192), (NSA_64, 2048), (ASA, 3001), (ASA, 16)],
+    [
+        (ASA, 8192),
+        (ASA_EACH_QUERY, 2048),
+        (NSA_16, 8192),
+        (NSA_64, 2048),
+        (ASA, 3001),
+        (ASA, 16),
+        (ASA_1B, 8192),
+    ],
 )
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_lowers_for_cuda(shape, num_tokens, is_packed):
@@ -255,7 +264,14 @@ def test_lists_on_gpu(num_rows, num_columns, size, ties):
 @needs_hopper
 @pytest.mark.parametrize(
     ("shape", "num_tokens", "batch"),
-    [(ASA, 2048, 2), (ASA, 16384, 1), (ASA, 3001, 1), (NSA_16, 16384, 1), (NSA_64, 4096, 2)],
+    [
+        (ASA, 2048, 2),
+        (ASA, 16384, 1),
+        (ASA, 3001, 1),
+        (NSA_16, 16384, 1),
+        (NSA_64, 4096, 2),
+        (ASA_1B, 2048, 2),
+    ],
 )
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_operation_on_gpu(shape, num_tokens, batch, is_packed):
