@@ -135,7 +135,8 @@ def gathered(weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
     @jax.custom_vjp
     def gather(weight: jax.Array) -> jax.Array:
-        return constrain(weight, *whole)
+        # Divided first: otherwise XLA gathers what it is cast from, which is wider.
+        return constrain(constrain(weight, *axes), *whole)
 
     gather.defvjp(lambda w: (gather(w), None), lambda _, dw: (constrain(dw, *axes),))
     return gather(weight)

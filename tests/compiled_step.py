@@ -1,11 +1,12 @@
 """Compiles the training step of configs/asa_340m.py for 8 simulated devices; no array is made.
 
-Started by test_collectives.py with a JSON list of meshes (data, fsdp, tensor, context). Prints one
-JSON object: for each mesh the collectives of a step.
+Started by test_collectives.py with JSON: a list of meshes (data, fsdp, tensor, context) and the
+fields that differ. Prints one JSON object: for each mesh the collectives of a step.
 """
 
 import json
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +19,18 @@ from asa_jax.training.step import make_trainer
 from configs import asa_340m
 
 
-def config_340m(sizes: list[int]) -> Config:
+def config_340m(sizes: list[int], fields: dict[str, Any]) -> Config:
     """The real shapes, but for the dtype: XLA on a CPU has no bfloat16 to travel."""
     config = asa_340m.get_config()
-    config.model.compute_dtype = "float32"
+    config.update_from_flattened_dict({"model.compute_dtype": "float32", **fields})
     config.mesh = dict(zip(MESH_AXES, sizes, strict=True))
     return config_from_dict(config.to_dict())
 
 
-def main(meshes: list[list[int]]) -> None:
+def main(meshes: list[list[int]], fields: dict[str, Any]) -> None:
     result = {}
     for sizes in meshes:
-        config = config_340m(sizes)
+        config = config_340m(sizes, fields)
         mesh = make_mesh(config.mesh)
         shape = (config.data.batch_size, config.data.sequence_length)
         names = ("inputs", "targets", "positions", "segment_ids")
@@ -44,4 +45,4 @@ def main(meshes: list[list[int]]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(*json.loads(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -64,7 +65,7 @@ def test_reads_every_form_of_groups_and_loops():
 
 def expected_bytes(sizes):
     """Bytes of a step on one device by (kind, axes), as docs/parallelism.md counts them."""
-    config = config_340m(sizes)
+    config = config_340m(sizes, {})
     model, mesh = config.model, dict(zip(MESH_AXES, sizes, strict=True))
     length, fsdp, tensor, context = config.data.sequence_length, *sizes[1:]
     rows = config.data.batch_size // (mesh["data"] * fsdp)
@@ -123,21 +124,26 @@ def kind_of(each):
     return op, axes
 
 
-def check(*meshes):
+def compile_steps(*meshes, xla_flags="", **fields):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.compiled_step", json.dumps(meshes)],
+        [sys.executable, "-m", "tests.compiled_step", json.dumps([meshes, fields])],
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            "--xla_backend_optimization_level=0 "
+            f"--xla_llvm_disable_expensive_passes=true {xla_flags}",
         },
         cwd=PROJECT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(*meshes):
+    found = compile_steps(*meshes)
     for sizes in meshes:
         bytes_by_kind = Counter()
         for each in found[str(list(sizes))]:
@@ -158,3 +164,33 @@ def test_the_step_moves_what_the_design_names():
 @pytest.mark.slow
 def test_the_step_moves_what_the_design_names_on_other_meshes():
     check((1, 8, 1, 1), (1, 4, 2, 1))
+
+
+def test_what_travels_has_the_compute_dtype_and_gradients_are_divided_at_once(tmp_path):
+    """Read where XLA has divided the program, before a CPU widens it."""
+    compile_steps(
+        (1, 4, 1, 2),
+        xla_flags=f"--xla_dump_to={tmp_path} --xla_dump_hlo_pass_re=spmd-partitioning "
+        "--xla_dump_hlo_module_re=jit_step",
+        **{
+            "model.compute_dtype": "bfloat16",
+            "model.layer_kinds": ("local", "global"),
+            "data.sequence_length": 1024,
+            "data.batch_size": 8,
+        },
+    )
+    (dump,) = tmp_path.glob("*after_spmd-partitioning*.txt")
+    hlo = dump.read_text()
+    mesh = dict(zip(MESH_AXES, (1, 4, 1, 2), strict=True))
+    wide = {
+        shape
+        for each in collectives(hlo, mesh)
+        for shape in each.shapes
+        if shape.startswith("f32[") and "," in shape
+    }
+    assert not wide
+    # A GPU makes a reduce-scatter of a sum that is only sliced.
+    sums = re.findall(r"(%all-reduce[.\d]*) = bf16\[[^ ]* all-reduce\(%dot", hlo)
+    users = [re.findall(rf"= .* ([a-z-]+)\({re.escape(name)}[,)]", hlo) for name in sums]
+    assert users.count(["dynamic-slice"]) == 15
+    assert users.count(["all-reduce"]) == len(users) - 15  # latents, whole on every device
