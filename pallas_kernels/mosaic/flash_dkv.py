@@ -2,13 +2,16 @@
 
 With p = exp2(c s - lse) and delta = do . o - dlse: ds = scale p (do . v - delta), dk = ds^T q and
 dv = p^T do. A program owns 128 keys, 64 a warpgroup, and walks the tokens that see them, head after
-head. Scores are transposed, so that p^T and ds^T go to the tensor cores from registers. Where few
-tiles of keys see many tokens the walk is cut in parts, whose sums XLA adds in order: nothing is
-added atomically, and repeated runs agree bit for bit.
+head and from the last token on, where the walks of all programs start. Scores are transposed, so
+that p^T and ds^T go to the tensor cores from registers, and so does what these hold of the keys:
+two operands in shared memory keep it as busy as the tensor cores. Where few tiles of keys see many
+tokens the walk is cut in parts, whose sums XLA adds in order: nothing is added atomically, and
+repeated runs agree bit for bit.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
+import functools
 import math
 from typing import Any
 
@@ -19,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import key_walk, overlap, tiles
-from pallas_kernels.mosaic.key_range import Documents, KeyRange
+from pallas_kernels.mosaic.key_range import NO_WINDOW, Documents, KeyRange
 
 KEYS = tiles.ROWS  # of a warpgroup
 SLOTS = 3  # of the ring of tiles of tokens, which are held for two steps
@@ -30,6 +33,14 @@ BY_COLUMN = tiles.LAYOUT.reduce(0)  # of a vector with one number a column of a 
 def token_tile(head_dim: int, value_dim: int, shared: bool) -> int:
     """Returns how many tokens make a tile: 64, or 32 where registers hold wide sums beside it."""
     return 64 if shared or head_dim + value_dim <= 256 else 32
+
+
+def kept_dims(head_dim: int, sum_dims: int, width: int) -> int:
+    """Returns how many numbers of each key registers hold beside its sums and two tiles."""
+    used = sum_dims // 2 + width
+    if sum_dims <= OVERLAP_DIMS:
+        used += width // 2  # weights and dscores of the tile before
+    return min(head_dim, 4 * (key_walk.TILE_REGISTERS - used))
 
 
 def flash_dkv(
@@ -78,6 +89,8 @@ def flash_dkv(
     shared, packed, whole = value is None, documents is not None, parts == 1
     width = token_tile(head_dim, value_dim, shared)
     rest_dim = head_dim - value_dim if shared else head_dim
+    sum_dims = (value_dim, rest_dim) if rest_dim else (value_dim,)
+    kept = kept_dims(head_dim, sum(sum_dims), width)
 
     def body(
         q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, documents, dk_ref, dv_ref, *,
@@ -113,7 +126,7 @@ def flash_dkv(
                 slot = lax.rem(i, jnp.int32(SLOTS))
                 pl.when(i >= SLOTS)(lambda: plgpu.barrier_wait(free_bar.at[slot]))
                 head = first_head + lax.div(i, steps)
-                rows = pl.ds((begin + lax.rem(i, steps)) * width, width)
+                rows = pl.ds((end - 1 - lax.rem(i, steps)) * width, width)
                 copies = [
                     (q_ref.at[batch_id, rows, head], q_s.at[slot]),
                     (do_ref.at[batch_id, rows, head], do_s.at[slot]),
@@ -140,20 +153,34 @@ def flash_dkv(
             full_end = key_range.end_token(
                 own, document_end(first_end, tile * warpgroups + warpgroup)
             )
+            own_begin = lax.div(key_range.first_token(own), jnp.int32(width))
+            own_begin = jnp.clip(own_begin, begin, end)
             full_begin = key_range.first_token(own + (KEYS - 1)) + (width - 1)
-            full_begin = jnp.clip(lax.div(full_begin, jnp.int32(width)), begin, end)
+            full_begin = jnp.clip(lax.div(full_begin, jnp.int32(width)), own_begin, end)
             full_end = jnp.clip(lax.div(full_end, jnp.int32(width)), full_begin, end)
             key_ids = own + tiles.row_ids(KEYS)
             plgpu.barrier_wait(key_bar.at[warpgroup])
+            kept_keys = plgpu.load(k_w.at[:, pl.ds(0, kept)], layout=tiles.LAYOUT)
 
             def mask(i, scores, start_w):
                 token = i * width + tiles.column_ids(KEYS, width)
                 seen = token >= tiles.across(key_range.first_token(key_ids), width)
-                seen &= token < tiles.across(key_range.end_token(key_ids, length), width)
+                if key_range.window < NO_WINDOW:
+                    seen &= token < tiles.across(key_range.end_token(key_ids, length), width)
                 if packed:
                     first_token = tiles.across(key_range.stride * key_ids, width)
                     seen &= _down(start_w) <= first_token
                 return jnp.where(seen, scores, -jnp.inf)
+
+            def key_factors(token_w, dim):
+                """Returns the factors of the first `dim` numbers of keys and of tokens."""
+                num = min(kept, dim)
+                left = kept_keys if num == kept else kept_keys[:, :num]
+                factors = [(left, tiles.transposed(token_w.at[:, pl.ds(0, num)]))]
+                if num < dim:
+                    rest = pl.ds(num, dim - num)
+                    factors.append((k_w.at[:, rest], tiles.transposed(token_w.at[:, rest])))
+                return factors
 
             def scores_of(i, number, masked):
                 """Returns the factors of scores and of dscores, and what makes weights of one."""
@@ -169,8 +196,11 @@ def flash_dkv(
                     return weights * (dweights * scale - _down(delta_s.at[slot]))
 
                 plgpu.barrier_wait(token_bar.at[slot])
-                factors = [(k_w, q_s.at[slot]), (v_w, do_s.at[slot])]
-                return [(x, tiles.transposed(y)) for x, y in factors], weigh, differentiate
+                q_w, do_w = q_s.at[slot], do_s.at[slot]
+                value_factors = [(v_w, tiles.transposed(do_w))]
+                if shared:
+                    value_factors = key_factors(do_w, value_dim)
+                return [key_factors(q_w, head_dim), value_factors], weigh, differentiate
 
             def sums_of_tile(number, weights, dscores):
                 """Returns the number of the sum and the factors of every product of a tile."""
@@ -186,9 +216,8 @@ def flash_dkv(
             def release(number):
                 plgpu.barrier_arrive(free_bar.at[lax.rem(number, jnp.int32(SLOTS))])
 
-            def step(i, carry, masked, base):
+            def step(i, number, carry, masked):
                 sums, weights, dscores = carry
-                number = base + i
                 sums, weights, dscores = overlap.scores_during_sums(
                     scores_of(i, number, masked),
                     sums,
@@ -198,50 +227,57 @@ def flash_dkv(
                 release(number - 1)
                 return sums, weights.astype(dtype), dscores.astype(dtype)
 
-            def step_alone(i, sums, masked, base):
+            def step_alone(i, number, sums, masked):
                 _, weights, dscores = overlap.scores_during_sums(
-                    scores_of(i, base + i, masked), (), [], interpret
+                    scores_of(i, number, masked), (), [], interpret
                 )
-                products = sums_of_tile(base + i, weights.astype(dtype), dscores.astype(dtype))
-                sums = overlap.add_matmuls(sums, products, interpret)
-                release(base + i)
-                return sums
-
-            def walk_heads(step, carry, num_done):
-                def walk_head(head, carry):
-                    start = jnp.where(head == 0, begin + num_done, begin)
-                    bounds = (
-                        start,
-                        jnp.maximum(full_begin, start),
-                        jnp.maximum(full_end, start),
-                        end,
-                    )
-
-                    def step_of_head(i, carry, masked):
-                        return step(i, carry, masked, head * steps - begin)
-
-                    return key_walk.walk(bounds, step_of_head, carry)
-
-                return lax.fori_loop(0, part_heads, walk_head, carry)
-
-            def walk_overlapped():
-                _, weights, dscores = overlap.scores_during_sums(
-                    scores_of(begin, 0, True), (), [], interpret
-                )
-                carry = zeros, weights.astype(dtype), dscores.astype(dtype)
-                sums, weights, dscores = walk_heads(step, carry, 1)
-                number = part_heads * steps - 1
-                products = sums_of_tile(number, weights, dscores)
+                products = sums_of_tile(number, weights.astype(dtype), dscores.astype(dtype))
                 sums = overlap.add_matmuls(sums, products, interpret)
                 release(number)
                 return sums
 
-            dims = (value_dim, rest_dim) if rest_dim else (value_dim,)
-            zeros = tuple(tiles.zeros((KEYS, dim)) for dim in dims)
-            if sum(dims) <= OVERLAP_DIMS:
-                dvalue, *rest = lax.cond(steps > 0, walk_overlapped, lambda: zeros)
-            else:
-                dvalue, *rest = walk_heads(step_alone, zeros, 0)
+            num_seen = (
+                end - own_begin
+            )  # tiles of a head, its last ones, that see the warpgroup's keys
+
+            def walk_back(step, number, carry, num_done):
+                """Walks the tiles of a head but the last `num_done`; `number` is of the first."""
+                bounds = (jnp.maximum(end - x, num_done) for x in (full_end, full_begin, own_begin))
+
+                def step_of_head(i, carry, masked):
+                    return step(end - 1 - i, number + i, carry, masked)
+
+                return key_walk.walk((num_done, *bounds), step_of_head, carry)
+
+            def walk_overlapped(number, sums):
+                _, weights, dscores = overlap.scores_during_sums(
+                    scores_of(end - 1, number, True), (), [], interpret
+                )
+                carry = sums, weights.astype(dtype), dscores.astype(dtype)
+                sums, weights, dscores = walk_back(step, number, carry, 1)
+                last = number + num_seen - 1
+                products = sums_of_tile(last, weights, dscores)
+                sums = overlap.add_matmuls(sums, products, interpret)
+                release(last)
+                return sums
+
+            def skip(number, _):
+                plgpu.barrier_wait(token_bar.at[lax.rem(number, jnp.int32(SLOTS))])
+                release(number)
+                return 0
+
+            def walk_head(head, sums):
+                number = head * steps
+                if sum(sum_dims) <= OVERLAP_DIMS:
+                    walk = functools.partial(walk_overlapped, number)
+                    sums = lax.cond(num_seen > 0, walk, lambda sums: sums, sums)
+                else:
+                    sums = walk_back(step_alone, number, sums, 0)
+                lax.fori_loop(number + num_seen, number + steps, skip, 0)
+                return sums
+
+            zeros = tuple(tiles.zeros((KEYS, dim)) for dim in sum_dims)
+            dvalue, *rest = lax.fori_loop(0, part_heads, walk_head, zeros)
             if whole:
                 v_w[...] = dvalue.astype(dtype)
                 if rest_dim:

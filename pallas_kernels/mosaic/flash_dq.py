@@ -1,7 +1,9 @@
 """Gradient of the query of attention to a contiguous range of keys per token.
 
 With p = exp2(c s - lse) and delta = do . o - dlse: ds = scale p (do . v - delta), dq = ds k. A
-program owns the tokens that it owns in the forward pass and walks their keys in the same way.
+program owns the tokens that it owns in the forward pass and walks their keys in the same way, with
+queries, and do where there is room, in registers: scores from two operands in shared memory keep it
+as busy as the tensor cores.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,9 +18,15 @@ from jax import lax
 
 from pallas_kernels.mosaic import key_walk, overlap, tiles
 from pallas_kernels.mosaic.key_range import Documents, KeyRange
-from pallas_kernels.mosaic.key_walk import SLOTS, KeyWalk, Ring
+from pallas_kernels.mosaic.key_walk import SLOTS, Items, KeyWalk, Ring
 
+MOST_BYTES = 224 * 2**10  # of tiles in shared memory
 WIDTH = 64  # keys of a tile: what registers hold of two score tiles beside dq
+
+
+def keeps_doutput(head_dim: int, value_dim: int) -> bool:
+    """Returns whether registers hold do beside queries, their gradient and two tiles of scores."""
+    return head_dim // 2 + WIDTH + (head_dim + value_dim) // 4 <= key_walk.TILE_REGISTERS
 
 
 def flash_dq(
@@ -60,79 +68,125 @@ def flash_dq(
     batch, length, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1:3]
     value_dim = output.shape[-1]
-    num_tiles = length // (warpgroups * tiles.ROWS)
+    items = Items(batch, num_heads, length // (warpgroups * tiles.ROWS))
     dtype, exponent = query.dtype, scale * tiles.LOG2E
     shared, packed = value is None, documents is not None
+    # The gradient takes the memory of the queries where there is none for it beside the rest.
+    numbers = 2 * warpgroups * tiles.ROWS * (head_dim + value_dim)
+    numbers += SLOTS * WIDTH * (head_dim if shared else head_dim + value_dim)
+    own_memory = numbers * dtype.itemsize <= MOST_BYTES
+    # When an item's tokens make room for those of the next one.
+    free_after = "store" if not own_memory else "walk"
+    if own_memory and keeps_doutput(head_dim, value_dim):
+        free_after = "load"
 
     def body(
         q_ref, k_ref, v_ref, o_ref, do_ref, lse_ref, dlse_ref, documents, dq_ref, delta_ref, *,
-        q_s, o_s, do_s, k_s, v_s, lse_s, dlse_s, start_s, token_bar, k_full, k_free, v_full, v_free,
+        q_s, o_s, do_s, k_s, v_s, dq_s, lse_s, dlse_s, delta_s, start_s, token_bar, read_bar,
+        k_full, k_free, v_full, v_free,
     ):  # fmt: skip
-        batch_id, head = lax.axis_index("batch"), lax.axis_index("head")
-        tile = num_tiles - 1 - lax.axis_index("tile")  # those with most keys start first
-        warpgroup = lax.axis_index("warpgroup")
-        keys = KeyWalk(key_range, documents, num_keys, WIDTH, warpgroups, batch_id, tile)
+        program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+        num_own = items.num_of(program)
         key_ring = Ring(k_ref, k_s, k_full, k_free)
         value_ring = key_ring if shared else Ring(v_ref, v_s, v_full, v_free)
+
+        def item(n):
+            batch_id, tile, head = items.item(program, n)
+            keys = KeyWalk(key_range, documents, num_keys, WIDTH, warpgroups, batch_id, tile)
+            return head, keys
 
         @pl.when(warpgroup == warpgroups)
         def _fetch():
             plgpu.set_max_registers(key_walk.FETCH_REGISTERS, action="decrease")
-            kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
-            keys.fetch([key_ring] if shared else [key_ring, value_ring], kv_head)
+
+            def fetch_item(n, count):
+                head, keys = item(n)
+                batch_id = keys.batch_id
+                for w in range(warpgroups):
+                    pl.when(n > 0)(lambda w=w: plgpu.barrier_wait(read_bar.at[w]))
+                    rows = pl.ds(keys.first_token(w), tiles.ROWS)
+                    copies = [
+                        (q_ref.at[batch_id, rows, head], q_s.at[w]),
+                        (o_ref.at[batch_id, rows, head], o_s.at[w]),
+                        (do_ref.at[batch_id, rows, head], do_s.at[w]),
+                        (lse_ref.at[batch_id, head, rows], lse_s.at[w]),
+                        (dlse_ref.at[batch_id, head, rows], dlse_s.at[w]),
+                    ]
+                    if packed:
+                        copies.append((documents.start.at[batch_id, rows], start_s.at[w]))
+                    key_walk.copy_all(copies, token_bar.at[w])
+                rings = [key_ring] if shared else [key_ring, value_ring]
+                kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
+                return keys.fetch(rings, kv_head, count)
+
+            lax.fori_loop(0, num_own, fetch_item, jnp.int32(0))
 
         @pl.when(warpgroup < warpgroups)
         def _compute():
             plgpu.set_max_registers(key_walk.COMPUTE_REGISTERS, action="increase")
             q_w, o_w, do_w = (x.at[warpgroup] for x in (q_s, o_s, do_s))
-            lse_w, dlse_w = lse_s.at[warpgroup], dlse_s.at[warpgroup]
-            rows = pl.ds(keys.first_token(warpgroup), tiles.ROWS)
-            copies = [
-                (q_ref.at[batch_id, rows, head], q_w),
-                (o_ref.at[batch_id, rows, head], o_w),
-                (do_ref.at[batch_id, rows, head], do_w),
-                (lse_ref.at[batch_id, head, rows], lse_w),
-                (dlse_ref.at[batch_id, head, rows], dlse_w),
-            ]
-            if packed:
-                copies.append((documents.start.at[batch_id, rows], start_s.at[warpgroup]))
-            key_walk.copy_all(copies, token_bar.at[warpgroup])
-            bounds = keys.bounds(warpgroup)
-            plgpu.barrier_wait(token_bar.at[warpgroup])
-            mask = keys.mask(warpgroup, start_s.at[warpgroup] if packed else None)
-            lse = plgpu.load(lse_w, layout=tiles.BY_ROW)
-            delta = (o_w[...].astype(jnp.float32) * do_w[...].astype(jnp.float32)).sum(axis=1)
-            delta = scale * (delta - plgpu.load(dlse_w, layout=tiles.BY_ROW))
-            delta = jnp.where(lse < jnp.inf, delta, 0.0)
+            lse_w, dlse_w, delta_w = (x.at[warpgroup] for x in (lse_s, dlse_s, delta_s))
+            dq_w = dq_s.at[warpgroup] if own_memory else q_w
 
-            def step(i, dquery, masked):
-                number = i - bounds[0]
-                k_w = key_ring.wait(number)
-                v_w = k_w.at[:, pl.ds(0, value_dim)] if shared else value_ring.wait(number)
+            def free_tokens(moment):
+                if moment == free_after:
+                    plgpu.barrier_arrive(read_bar.at[warpgroup])
 
-                def weigh(scores):
-                    scores = scores * exponent - tiles.across(lse, WIDTH)
-                    return jnp.exp2(mask(i, scores) if masked else scores)
+            def differentiate_item(n, count):
+                head, keys = item(n)
+                bounds = begin, _, _, end = keys.bounds(warpgroup)
+                plgpu.barrier_wait(token_bar.at[warpgroup])
+                mask = keys.mask(warpgroup, start_s.at[warpgroup] if packed else None)
+                lse = plgpu.load(lse_w, layout=tiles.BY_ROW)
+                delta = (o_w[...].astype(jnp.float32) * do_w[...].astype(jnp.float32)).sum(axis=1)
+                delta = scale * (delta - plgpu.load(dlse_w, layout=tiles.BY_ROW))
+                delta = jnp.where(lse < jnp.inf, delta, 0.0)
+                query_tile, doutput_tile = plgpu.load(q_w, layout=tiles.LAYOUT), do_w
+                if keeps_doutput(head_dim, value_dim):
+                    doutput_tile = plgpu.load(do_w, layout=tiles.LAYOUT)
+                free_tokens("load")
 
-                def differentiate(weights, dweights):
-                    return weights * (dweights * scale - tiles.across(delta, WIDTH))
+                def step(i, dquery, masked):
+                    number = count + i - begin
+                    k_w = key_ring.wait(number)
+                    v_w = k_w.at[:, pl.ds(0, value_dim)] if shared else value_ring.wait(number)
 
-                factors = [(q_w, tiles.transposed(k_w)), (do_w, tiles.transposed(v_w))]
-                _, _, dscores = overlap.scores_during_sums(
-                    (factors, weigh, differentiate), (), [], interpret
-                )
-                dquery = tiles.add_matmul(dquery, dscores.astype(dtype), k_w, interpret=interpret)
-                key_ring.release(number)
-                if not shared:
-                    value_ring.release(number)
-                return dquery
+                    def weigh(scores):
+                        scores = scores * exponent - tiles.across(lse, WIDTH)
+                        return jnp.exp2(mask(i, scores) if masked else scores)
 
-            dquery = key_walk.walk(bounds, step, tiles.zeros((tiles.ROWS, head_dim)))
-            q_w[...] = dquery.astype(dtype)
-            dlse_w[...] = delta
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_w, dq_ref.at[batch_id, rows, head])
-            plgpu.copy_smem_to_gmem(dlse_w, delta_ref.at[batch_id, head, rows])
+                    def differentiate(weights, dweights):
+                        return weights * (dweights * scale - tiles.across(delta, WIDTH))
+
+                    factors = [
+                        [(query_tile, tiles.transposed(k_w))],
+                        [(doutput_tile, tiles.transposed(v_w))],
+                    ]
+                    _, _, dscores = overlap.scores_during_sums(
+                        (factors, weigh, differentiate), (), [], interpret
+                    )
+                    dscores = dscores.astype(dtype)
+                    dquery = tiles.add_matmul(dquery, dscores, k_w, interpret=interpret)
+                    key_ring.release(number)
+                    if not shared:
+                        value_ring.release(number)
+                    return dquery
+
+                dquery = key_walk.walk(bounds, step, tiles.zeros((tiles.ROWS, head_dim)))
+                free_tokens("walk")
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                dq_w[...] = dquery.astype(dtype)
+                delta_w[...] = delta
+                plgpu.commit_smem()
+                rows = pl.ds(keys.first_token(warpgroup), tiles.ROWS)
+                plgpu.copy_smem_to_gmem(dq_w, dq_ref.at[keys.batch_id, rows, head])
+                plgpu.copy_smem_to_gmem(delta_w, delta_ref.at[keys.batch_id, head, rows])
+                if free_after == "store":
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                free_tokens("store")
+                return count + end - begin
+
+            lax.fori_loop(0, num_own, differentiate_item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
     tokens = (warpgroups, tiles.ROWS)
@@ -144,10 +198,13 @@ def flash_dq(
         "do_s": plgpu.SMEM((*tokens, value_dim), dtype, transforms=like_value),
         "k_s": tiles.tiled((SLOTS, WIDTH, head_dim), dtype),
         "v_s": None if shared else tiles.tiled((SLOTS, WIDTH, value_dim), dtype),
+        "dq_s": tiles.tiled((*tokens, head_dim), dtype) if own_memory else None,
         "lse_s": plgpu.SMEM(tokens, jnp.float32),
         "dlse_s": plgpu.SMEM(tokens, jnp.float32),
+        "delta_s": plgpu.SMEM(tokens, jnp.float32),
         "start_s": plgpu.SMEM(tokens, jnp.int32) if packed else None,
         "token_bar": plgpu.Barrier(num_barriers=warpgroups, num_arrivals=5 + packed),
+        "read_bar": plgpu.Barrier(num_barriers=warpgroups),
         "k_full": full,
         "k_free": free,
         "v_full": None if shared else full,
@@ -155,13 +212,13 @@ def flash_dq(
     }
     return plgpu.kernel(
         body,
-        kernel_name=name,
         out_type=(
             jax.ShapeDtypeStruct(query.shape, dtype),
             jax.ShapeDtypeStruct(lse.shape, jnp.float32),
         ),
-        grid=(batch, num_tiles, num_heads),
-        grid_names=("batch", "tile", "head"),
+        kernel_name=name,
+        grid=(items.num_programs,),
+        grid_names=("program",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=scratch,

@@ -3,8 +3,8 @@
 A program owns 128 consecutive tokens of one query head, 64 a warpgroup, so that every array keeps
 the layout of the API and a tile of a head is one strided copy. The warpgroups take the running
 softmax over the tiles of keys, o = sum p v / sum p with p = exp2(c s - m); the p v of a tile is
-summed during the softmax of the next one. A program stays on its multiprocessor and takes one such
-item after another, the first copies of which run at the end of the item before.
+summed during the softmax of the next one. Queries are in registers: the tensor cores read less from
+shared memory, which nearly bounds them, and those of the next item are copied in the meantime.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,9 +19,7 @@ from jax import lax
 
 from pallas_kernels.mosaic import key_walk, overlap, tiles
 from pallas_kernels.mosaic.key_range import Documents, KeyRange
-from pallas_kernels.mosaic.key_walk import KeyWalk, Ring
-
-MULTIPROCESSORS = 132  # of an H100 or H200; where there are fewer, some programs start late
+from pallas_kernels.mosaic.key_walk import Items, KeyWalk, Ring
 
 
 def key_tile(head_dim: int, value_dim: int) -> int:
@@ -63,9 +61,7 @@ def flash_forward(
     batch, length, num_heads, head_dim = query.shape
     num_keys, num_kv_heads = key.shape[1:3]
     width = key_tile(head_dim, value_dim)
-    num_tiles = length // (warpgroups * tiles.ROWS)
-    num_items = num_tiles * batch * num_heads
-    num_programs = min(num_items, MULTIPROCESSORS)
+    items = Items(batch, num_heads, length // (warpgroups * tiles.ROWS))
     dtype, exponent = query.dtype, scale * tiles.LOG2E
     shared, packed = value is None, documents is not None
     slots = 3 if shared else 2  # a tile that is key and value is held for two steps
@@ -75,17 +71,14 @@ def flash_forward(
         q_s, k_s, v_s, o_s, lse_s, start_s, token_bar, read_bar, k_full, k_free, v_full, v_free,
     ):  # fmt: skip
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-        num_own = lax.div(num_items - 1 - program, jnp.int32(num_programs)) + 1
+        num_own = items.num_of(program)
         key_ring = Ring(k_ref, k_s, k_full, k_free)
         value_ring = key_ring if shared else Ring(v_ref, v_s, v_full, v_free)
 
         def item(n):
-            """Returns the program's item n: head and walk, those with most keys first."""
-            index = program + n * num_programs
-            tile = num_tiles - 1 - lax.div(index, jnp.int32(batch * num_heads))
-            batch_id = lax.rem(lax.div(index, jnp.int32(num_heads)), jnp.int32(batch))
+            batch_id, tile, head = items.item(program, n)
             keys = KeyWalk(key_range, documents, num_keys, width, warpgroups, batch_id, tile)
-            return lax.rem(index, jnp.int32(num_heads)), keys
+            return head, keys
 
         @pl.when(warpgroup == warpgroups)
         def _fetch():
@@ -117,6 +110,8 @@ def flash_forward(
                 number = count - begin  # of a tile in the ring, less that in the row
                 plgpu.barrier_wait(token_bar.at[warpgroup])
                 mask = keys.mask(warpgroup, start_s.at[warpgroup] if packed else None)
+                query_tile = plgpu.load(q_w, layout=tiles.LAYOUT)
+                plgpu.barrier_arrive(read_bar.at[warpgroup])
 
                 def wait_value(i):
                     if shared:
@@ -138,7 +133,7 @@ def flash_forward(
                     k_w, v_w = key_ring.wait(number + i), wait_value(i - 1)
                     output, (weights, shrink, maximum, total) = overlap.matmul_during(
                         lambda scores: weigh(i, scores, maximum, total, masked),
-                        (q_w, tiles.transposed(k_w)), output, (weights, v_w), interpret,
+                        (query_tile, tiles.transposed(k_w)), output, (weights, v_w), interpret,
                     )  # fmt: skip
                     value_ring.release(number + i - 1)
                     output = output * tiles.across(shrink, value_dim)
@@ -146,7 +141,9 @@ def flash_forward(
                     return output, weights.astype(dtype), maximum, total
 
                 empty = tiles.zeros((tiles.ROWS,))
-                scores = tiles.matmul((q_w, tiles.transposed(key_ring.wait(number + begin))))
+                k_w = key_ring.wait(number + begin)
+                factors = query_tile, tiles.transposed(k_w)
+                scores = tiles.matmul(factors, interpret=interpret)
                 weights, _, maximum, total = weigh(
                     begin, scores, empty + tiles.NO_MAXIMUM, empty, masked=True
                 )
@@ -155,7 +152,6 @@ def flash_forward(
                 full_begin, full_end = (jnp.maximum(x, begin + 1) for x in (full_begin, full_end))
                 bounds = begin + 1, full_begin, full_end, end
                 output, weights, maximum, total = key_walk.walk(bounds, step, carry)
-                plgpu.barrier_arrive(read_bar.at[warpgroup])
                 v_w = wait_value(end - 1)
                 output = tiles.add_matmul(output, weights, v_w, interpret=interpret)
                 value_ring.release(number + end - 1)
@@ -190,12 +186,12 @@ def flash_forward(
     }
     return plgpu.kernel(
         body,
-        kernel_name=name,
         out_type=(
             jax.ShapeDtypeStruct((batch, length, num_heads, value_dim), dtype),
             jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32),
         ),
-        grid=(num_programs,),
+        kernel_name=name,
+        grid=(items.num_programs,),
         grid_names=("program",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",

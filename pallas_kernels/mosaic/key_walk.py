@@ -1,7 +1,8 @@
 """The walk of 64 tokens a warpgroup over the tiles of keys that they see.
 
 Warpgroups of neighbouring tokens share the tiles, which one more warpgroup fetches into a ring.
-Only the outer tiles of the walk need a mask; it is traced with and without.
+Only the outer tiles of the walk need a mask; it is traced with and without. Programs stay on their
+multiprocessors and walk for one item after another, a tile of tokens of a head each.
 """
 
 import dataclasses
@@ -16,10 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import tiles
-from pallas_kernels.mosaic.key_range import Documents, KeyRange
+from pallas_kernels.mosaic.key_range import NO_WINDOW, Documents, KeyRange
 
 SLOTS = 2  # of the ring
+MULTIPROCESSORS = 132  # of an H100 or H200; where there are fewer, some programs start late
 COMPUTE_REGISTERS, FETCH_REGISTERS = 240, 24  # a thread; together at most 3 * 168 for three
+TILE_REGISTERS = 208  # of those that compute, for tiles; with more in them the compiler spills
 PARAMETERS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0)
 
 
@@ -76,6 +79,41 @@ class Ring:
 
     def _slot(self, number: Any) -> Any:
         return lax.rem(number, jnp.int32(self.slots.shape[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """What is dealt to programs, those with most keys first.
+
+    Attributes:
+      batch: B.
+      num_heads: N.
+      num_tiles: Tiles of tokens of a row.
+    """
+
+    batch: int
+    num_heads: int
+    num_tiles: int
+
+    @property
+    def num_programs(self) -> int:
+        """Programs that run at a time."""
+        return min(self._count, MULTIPROCESSORS)
+
+    def num_of(self, program: Any) -> Any:
+        """Returns how many items a program has."""
+        return lax.div(self._count - 1 - program, jnp.int32(self.num_programs)) + 1
+
+    def item(self, program: Any, n: Any) -> tuple[Any, Any, Any]:
+        """Returns row of the batch, tile and head of item n of a program."""
+        index = program + n * self.num_programs
+        tile = self.num_tiles - 1 - lax.div(index, jnp.int32(self.batch * self.num_heads))
+        batch_id = lax.rem(lax.div(index, jnp.int32(self.num_heads)), jnp.int32(self.batch))
+        return batch_id, tile, lax.rem(index, jnp.int32(self.num_heads))
+
+    @property
+    def _count(self) -> int:
+        return self.batch * self.num_heads * self.num_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +196,13 @@ class KeyWalk:
         tokens = self.first_token(warpgroup) + tiles.row_ids()
         first_key = self.key_range.first_key(tokens, start)
         end_key = self.key_range.end_key(tokens)
+        from_first = self.documents is None and self.key_range.window >= NO_WINDOW
 
         def apply(i: Any, scores: jax.Array) -> jax.Array:
             column = tiles.column_ids(tiles.ROWS, self.width)
-            seen = column >= tiles.across(first_key - i * self.width, self.width)
-            seen &= column < tiles.across(end_key - i * self.width, self.width)
+            seen = column < tiles.across(end_key - i * self.width, self.width)
+            if not from_first:
+                seen &= column >= tiles.across(first_key - i * self.width, self.width)
             return jnp.where(seen, scores, -jnp.inf)
 
         return apply

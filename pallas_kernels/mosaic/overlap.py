@@ -26,15 +26,14 @@ def matmul_during[Result](
 
     Args:
       use: Takes the product of `factors`.
-      factors: Both in shared memory.
+      factors: The right one in shared memory.
       sums: Registers to add to.
       summed_factors: The left one in registers.
       interpret: Parameters of interpret mode, which does one after the other.
     """
     if interpret:
-        return tiles.add_matmul(sums, *summed_factors, interpret=interpret), use(
-            tiles.matmul(factors)
-        )
+        sums = tiles.add_matmul(sums, *summed_factors, interpret=interpret)
+        return sums, use(tiles.matmul(factors, interpret=interpret))
 
     def body(product: Any, accumulator: Any) -> tuple[jax.Array, Result]:
         plgpu.wgmma(product, *factors)
@@ -47,7 +46,8 @@ def matmul_during[Result](
     return pl.run_scoped(body, _accumulator(left, right), _accumulator(sums, sums))
 
 
-Scores = tuple[list[tuple[Any, Any]], Callable[..., jax.Array], Callable[..., jax.Array]]
+Factors = list[tuple[Any, Any]]  # of products that are summed
+Scores = tuple[list[Factors], Callable[..., jax.Array], Callable[..., jax.Array]]
 Products = list[tuple[int, jax.Array, Any]]
 
 
@@ -57,8 +57,8 @@ def scores_during_sums(
     """Takes weights and gradients of scores while products are summed.
 
     Args:
-      scores: Factors of scores and of dweights, in shared memory; weigh(scores) -> weights;
-        differentiate(weights, dweights) -> dscores.
+      scores: Factors of scores and of dweights, the right ones in shared memory; weigh(scores) ->
+        weights; differentiate(weights, dweights) -> dscores.
       sums: Registers to add to.
       products: Number of the sum to add to, left factor in registers, right one in shared memory.
       interpret: Parameters of interpret mode, which does one after the other.
@@ -69,19 +69,22 @@ def scores_during_sums(
     factors, weigh, differentiate = scores
     if interpret:
         sums = add_matmuls(sums, products, interpret)
-        weights = weigh(tiles.matmul(factors[0]))
-        return sums, weights, differentiate(weights, tiles.matmul(factors[1]))
+        scored, dweights = (tiles.matmul(*pairs, interpret=interpret) for pairs in factors)
+        weights = weigh(scored)
+        return sums, weights, differentiate(weights, dweights)
 
     def body(score: Any, dweight: Any, *accumulators: Any) -> Any:
-        plgpu.wgmma(score, *factors[0])
-        plgpu.wgmma(dweight, *factors[1])
+        for accumulator, pairs in zip((score, dweight), factors, strict=True):
+            for pair in pairs:
+                plgpu.wgmma(accumulator, *pair)
         _start(sums, products, accumulators)
-        weights = weigh(plgpu.wgmma_accumulator_load(score, wait_n=1 + len(products)))
+        num_after = len(factors[1]) + len(products)
+        weights = weigh(plgpu.wgmma_accumulator_load(score, wait_n=num_after))
         dweights = plgpu.wgmma_accumulator_load(dweight, wait_n=len(products))
         dscores = differentiate(weights, dweights)
         return tuple(accumulator[...] for accumulator in accumulators), weights, dscores
 
-    buffers = [_accumulator(*pair) for pair in factors] + [_accumulator(x, x) for x in sums]
+    buffers = [_accumulator(*pairs[0]) for pairs in factors] + [_accumulator(x, x) for x in sums]
     return pl.run_scoped(body, *buffers)
 
 

@@ -66,8 +66,14 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0))
 
 
-def matmul(*pairs: tuple[Any, Any]) -> jax.Array:
-    """Sums products of operands in shared memory, [M, X] @ [X, N], in float32 registers."""
+def matmul(*pairs: tuple[Any, Any], interpret: Any = None) -> jax.Array:
+    """Sums products [M, X] @ [X, N] in float32 registers.
+
+    Right operands are in shared memory, left ones too or in registers, which takes `interpret`.
+    """
+    if interpret:
+        (left, right), *_ = pairs
+        return functools.reduce(_add_plain_product, pairs, zeros((left.shape[0], right.shape[1])))
     return matmuls(pairs)[0]
 
 

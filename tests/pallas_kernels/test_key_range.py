@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.mosaic.key_range import NO_WINDOW, KeyRange, documents
+from pallas_kernels.mosaic.key_walk import Items
 from tests.pallas_kernels.flash_checks import packed_row
 
 RANGES = [
@@ -75,3 +76,16 @@ def test_documents_bound_tiles_of_tokens_and_keys(stride: int) -> None:
             token = min(stride * (64 * tile + offset), length - 1)
             assert (segments[token:end] == segments[token]).all()
             assert end == length or segments[end] != segments[token]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 7), (2, 3, 50)])
+def test_every_item_is_dealt_once(sizes: tuple[int, int, int]) -> None:
+    batch, num_heads, num_tiles = sizes
+    items = Items(*sizes)
+    dealt = [
+        tuple(int(x) for x in items.item(jnp.int32(program), jnp.int32(n)))
+        for program in range(items.num_programs)
+        for n in range(int(items.num_of(jnp.int32(program))))
+    ]
+    every = np.ndindex(batch, num_tiles, num_heads)
+    assert sorted(dealt) == sorted(every)
