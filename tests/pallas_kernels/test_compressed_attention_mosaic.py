@@ -93,22 +93,67 @@ def test_interpreted_matches_the_definition(shares_value: bool) -> None:
     flash_checks.check_against_definition(attend, definition(*sizes), shapes, value_dim, row)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopper GPU")
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [1024, 3001])
-@pytest.mark.parametrize("name", SHAPES)
-def test_matches_the_definition(name: str, length: int, packed: bool) -> None:
-    shapes, value_dim, block_size, stride = shapes_of(name, 1, length)
-    segment_ids = flash_checks.packed_row(length) if packed else None
+@pytest.mark.slow
+def test_lowers_under_transformations() -> None:
+    shapes, *sizes = shapes_of("asa", 1, 1024)
+    assert "@mosaic_gpu" in flash_checks.lower_transformed(kernel(*sizes), shapes)
 
-    def attend(query, key, value, segment_ids):  # type: ignore[no-untyped-def]
+
+on_gpu = pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopper GPU")
+
+
+def chosen(value_dim: int, block_size: int, stride: int) -> flash_checks.Attend:
+    """Returns the operation as its users call it."""
+
+    def attend(query, key, value, segment_ids=None):  # type: ignore[no-untyped-def]
         return compressed_attention(
             query, key, value, block_size=block_size, stride=stride, value_dim=value_dim,
             segment_ids=segment_ids, scale=0.1, implementation="mosaic_gpu",
         )  # fmt: skip
 
-    sizes = (value_dim, block_size, stride)
+    return attend
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [1024, 3001])
+@pytest.mark.parametrize("name", SHAPES)
+def test_matches_the_definition(name: str, length: int, packed: bool) -> None:
+    shapes, *sizes = shapes_of(name, 1, length)
+    segment_ids = flash_checks.packed_row(length) if packed else None
     flash_checks.check_against_definition(
-        attend, definition(*sizes), shapes, value_dim, segment_ids, repeats=True
+        chosen(*sizes), definition(*sizes), shapes, sizes[0], segment_ids, repeats=True
     )
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("name", ["asa", "nsa_64"])
+def test_matches_the_definition_at_16384(name: str) -> None:
+    shapes, *sizes = shapes_of(name, 1, 16384)
+    flash_checks.check_against_definition(chosen(*sizes), definition(*sizes), shapes, sizes[0])
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("asa", 65536), ("nsa_128", 65536), ("asa", 262_144), ("asa", 1_048_576)],
+)
+def test_spots_of_long_rows(name: str, length: int) -> None:
+    shapes, *sizes = shapes_of(name, 1, length)
+    _, block_size, stride = sizes
+
+    def sees(token, key):  # type: ignore[no-untyped-def]
+        return stride * key + block_size - 1 <= token
+
+    flash_checks.check_spots(chosen(*sizes), sees, shapes, sizes[0], 0.1, gradients=length == 65536)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("name", ["asa", "nsa_64"])
+def test_transformations_change_nothing(name: str) -> None:
+    shapes, *sizes = shapes_of(name, 1, 2048)
+    flash_checks.check_transformed(chosen(*sizes), shapes)

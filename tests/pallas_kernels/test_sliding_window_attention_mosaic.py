@@ -78,21 +78,10 @@ def test_forward_lowers_for_any_length(length: int) -> None:
     assert "@mosaic_gpu" in flash_checks.lower_for_cuda(kernel(window, value_dim), *arrays)
 
 
-def test_lowers_under_vmap_remat_and_scan() -> None:
+@pytest.mark.slow
+def test_lowers_under_transformations() -> None:
     shapes, value_dim, window = shapes_of("gqa_64", 1, 256)
-    arrays = flash_checks.abstract(shapes)
-
-    def layers(query, key, value):  # type: ignore[no-untyped-def]
-        @jax.checkpoint
-        def layer(query, _):  # type: ignore[no-untyped-def]
-            return kernel(window, value_dim)(query, key, value)[0], None
-
-        return jax.lax.scan(layer, query, None, length=3)[0].astype(jnp.float32).sum()
-
-    assert "@mosaic_gpu" in flash_checks.lower_for_cuda(jax.grad(layers), *arrays)
-    batched = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in arrays]
-    vmapped = jax.vmap(kernel(window, value_dim))
-    assert "@mosaic_gpu" in flash_checks.lower_for_cuda(vmapped, *batched)
+    assert "@mosaic_gpu" in flash_checks.lower_transformed(kernel(window, value_dim), shapes)
 
 
 @pytest.mark.parametrize(
@@ -122,21 +111,61 @@ def test_interpreted_matches_the_definition() -> None:
     flash_checks.check_against_definition(attend, definition(40, 64), shapes, 64, row)
 
 
+on_gpu = pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopper GPU")
+
+
+def chosen(window: int, value_dim: int) -> flash_checks.Attend:
+    """Returns the operation as its users call it."""
+
+    def attend(query, key, value, segment_ids=None):  # type: ignore[no-untyped-def]
+        return sliding_window_attention(
+            query, key, value, window_size=window, value_dim=value_dim, segment_ids=segment_ids,
+            scale=0.1, implementation="mosaic_gpu",
+        )  # fmt: skip
+
+    return attend
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopper GPU")
+@on_gpu
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [1024, 1111])
 @pytest.mark.parametrize("name", SHAPES)
 def test_matches_the_definition(name: str, length: int, packed: bool) -> None:
     shapes, value_dim, window = shapes_of(name, 1, length)
     segment_ids = flash_checks.packed_row(length) if packed else None
-
-    def attend(query, key, value, segment_ids):  # type: ignore[no-untyped-def]
-        return sliding_window_attention(
-            query, key, value, window_size=window, value_dim=value_dim, segment_ids=segment_ids,
-            scale=0.1, implementation="mosaic_gpu",
-        )  # fmt: skip
-
     flash_checks.check_against_definition(
-        attend, definition(window, value_dim), shapes, value_dim, segment_ids, repeats=True
+        chosen(window, value_dim), definition(window, value_dim), shapes, value_dim, segment_ids,
+        repeats=True,
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_matches_the_definition_at_16384() -> None:
+    shapes, value_dim, window = shapes_of("mla", 1, 16384)
+    flash_checks.check_against_definition(
+        chosen(window, value_dim), definition(window, value_dim), shapes, value_dim
     )
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("length", [65536, 262_144, 1_048_576])
+def test_spots_of_long_rows(length: int) -> None:
+    shapes, value_dim, window = shapes_of("mla", 1, length)
+
+    def sees(token, key):  # type: ignore[no-untyped-def]
+        return (key <= token) & (key > token - window)
+
+    flash_checks.check_spots(
+        chosen(window, value_dim), sees, shapes, value_dim, 0.1, gradients=length == 65536
+    )
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("name", ["mla", "gqa_64"])
+def test_transformations_change_nothing(name: str) -> None:
+    shapes, value_dim, window = shapes_of(name, 1, 2048)
+    flash_checks.check_transformed(chosen(window, value_dim), shapes)
