@@ -192,7 +192,6 @@ FIELDS = {
     "model.layer_kinds": ("local", "global"),
     # A schedule that does not depend on the number of steps, which is 10 at first.
     "optimizer.schedule": "constant",
-    "optimizer.name": "muon",
 }
 
 

@@ -11,6 +11,9 @@ import chex
 import numpy as np
 import pytest
 
+from asa_jax.errors import ConfigError
+from asa_jax.launch import Launch
+from asa_jax.training import processes
 from asa_jax.training.metrics import read_metrics
 from tests.training.commands import STEPS, final_params, losses, wait_for
 
@@ -136,3 +139,24 @@ def test_processes_that_never_come_are_not_waited_for(start_pair, start, tmp_pat
         assert pair[1].wait(120) != 0
     assert "a trainer works here already" in _output(workdir, 0, 0)
     print(f"both ended {time.monotonic() - began:.1f} s after their start")
+
+
+def test_a_directory_that_a_process_does_not_see_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "VISIBLE_SECONDS", 0)
+    with pytest.raises(ConfigError, match="must lie on a file system that all processes share"):
+        processes.check_shared(tmp_path / "config.json")
+
+
+def test_a_launcher_that_jax_cannot_ask_is_named(monkeypatch):
+    """As on Kubernetes without its package, or with Open MPI 5 and without mpi4py."""
+
+    def refuse(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", refuse)
+    launch = Launch("Kubernetes", process_id=1, num_processes=None)
+    with (
+        pytest.raises(ConfigError, match=r"Kubernetes started .* --num_processes=1 to run alone"),
+        processes.joined(launch),
+    ):
+        pass
