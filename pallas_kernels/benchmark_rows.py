@@ -9,24 +9,27 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, timing
-from pallas_kernels.blocks import number_of_blocks
+from pallas_kernels.benchmark_floors import (
+    Work,
+    compressed_work,
+    dense_work,
+    num_compressed,
+    select_work,
+    selected_work,
+    window_work,
+)
 from pallas_kernels.cases import Case
 from pallas_kernels.compressed_attention import compressed_attention
 from pallas_kernels.select_blocks import select_blocks
 from pallas_kernels.selected_attention import selected_attention
 from pallas_kernels.sliding_window_attention import sliding_window_attention
 
-# What an H100 was measured to do: dense products, reads from L2, reads and writes of its memory.
-FLOPS_PER_SECOND = 750e12
-L2_BYTES_PER_SECOND = 6.5e12
-HBM_BYTES_PER_SECOND = 2.85e12
-ITEM_BYTES = 2  # bfloat16
 KERNEL: dispatch.Implementation = "mosaic_gpu"
 DENSE_LAYER, PAIR = "dense cuDNN, 16/4 x 64", "ASA pair, q k v to o"  # names of rows
 
@@ -82,22 +85,6 @@ def random_lists(case: Case, share_half: bool = False) -> jax.Array:
     return jnp.where(own < size, every, lists)[None].astype(jnp.int32)
 
 
-class Work(NamedTuple):
-    """What a call cannot do without: operations, and bytes from L2 and from memory."""
-
-    flops: float = 0
-    l2_bytes: float = 0
-    hbm_bytes: float = 0
-
-    def milliseconds(self) -> float:
-        """Returns the least time of it all, the larger of three."""
-        return 1e3 * max(
-            self.flops / FLOPS_PER_SECOND,
-            self.l2_bytes / L2_BYTES_PER_SECOND,
-            self.hbm_bytes / HBM_BYTES_PER_SECOND,
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A line of the table.
@@ -130,11 +117,6 @@ class Row:
     def floor(self, case: Case, backward: bool) -> float:
         """Returns the least possible milliseconds, added up over parts that run in turn."""
         return sum(part.milliseconds() for part in self.work(case, backward))
-
-
-def num_compressed(case: Case) -> int:
-    """Compressed blocks of a row."""
-    return number_of_blocks(case.num_tokens, case.compression_block_size, case.compression_stride)
 
 
 def token_shapes(case: Case, num_keys: int | None = None) -> Shapes:
@@ -232,52 +214,6 @@ def causal_row(case: Case, arrays: dict[str, jax.Array], _: jax.Array) -> Any:
     return window_row(dataclasses.replace(case, window_size=case.num_tokens), arrays, _)
 
 
-def attention_work(case: Case, backward: bool, pairs: float, l2_bytes: float = 0) -> Work:
-    """Work of attention with so many pairs of a query token and a key."""
-    dims = case.head_dim + case.value_dim
-    # Backward: scores anew, dP, dQ and dK have the width of a score or of a value; so has dV.
-    widths = dims + (3 * case.head_dim + 2 * case.value_dim if backward else 0)
-    flops = 2.0 * pairs * case.num_heads * widths
-    of_query = case.num_tokens * case.num_heads * dims * ITEM_BYTES
-    return Work(flops, l2_bytes, of_query * (3 if backward else 1))
-
-
-def dense_work(case: Case, backward: bool) -> list[Work]:
-    """Every earlier token."""
-    return [attention_work(case, backward, case.num_tokens**2 / 2)]
-
-
-def window_work(case: Case, backward: bool) -> list[Work]:
-    """The tokens of the window."""
-    return [attention_work(case, backward, case.num_tokens * case.window_size)]
-
-
-def compressed_work(case: Case, backward: bool) -> list[Work]:
-    """Every earlier block."""
-    return [attention_work(case, backward, case.num_tokens * num_compressed(case) / 2)]
-
-
-def select_work(case: Case, _: bool) -> list[Work]:
-    """Scores of first queries, and the bytes of these and of lists."""
-    rows = case.num_tokens / case.queries_per_selection
-    flops = 2.0 * rows * case.num_heads * case.head_dim * num_compressed(case) / 2
-    of_query = rows * case.num_heads * case.head_dim * ITEM_BYTES
-    return [Work(flops, 0, of_query + rows * case.num_kv_heads * case.num_selected_blocks * 4)]
-
-
-def selected_work(case: Case, backward: bool) -> list[Work]:
-    """The tokens of the lists, fetched by each group; backward, also the groups of each block."""
-    seen = min(case.num_tokens / 2, case.num_selected_blocks * case.block_size)
-    width = case.head_dim + (0 if case.shares_value else case.value_dim)
-    fetches = case.num_tokens / case.queries_per_selection * case.num_kv_heads
-    keys = fetches * seen * width * ITEM_BYTES
-    group_rows = case.queries_per_selection * case.num_heads / case.num_kv_heads
-    groups = fetches * seen / case.block_size * group_rows
-    groups *= (case.head_dim + case.value_dim) * ITEM_BYTES
-    l2_bytes = 2 * keys + groups if backward else keys
-    return [attention_work(case, backward, case.num_tokens * seen, l2_bytes)]
-
-
 def pair_work(case: Case, backward: bool) -> list[Work]:
     """The four parts, one after another."""
     return [
@@ -323,40 +259,47 @@ ROWS = (
 
 
 def with_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its gradient for cotangents of ones of the output, and none of lse."""
+    """The function with its gradient, given the cotangents of its results; those of lse are 0."""
 
-    def run(arrays: dict[str, jax.Array], lists: jax.Array) -> Any:
+    def run(arrays: dict[str, jax.Array], lists: jax.Array, given: list[jax.Array]) -> Any:
         results, pullback = jax.vjp(lambda arrays: function(arrays, lists), arrays)
-        cotangents = jax.tree.map(
-            lambda x: jnp.ones_like(x) if x.dtype == jnp.bfloat16 else jnp.zeros_like(x), results
-        )
-        return results, pullback(cotangents)
+        leaves, structure = jax.tree.flatten(results)
+        ready = iter(given)
+        cotangents = [next(ready) if is_output(x) else jnp.zeros_like(x) for x in leaves]
+        return results, pullback(jax.tree.unflatten(structure, cotangents))
 
     return run
 
 
-def compile_row(row: Row, case: Case, backward: bool) -> Callable[..., jax.Array]:
-    """Compiles the timed loop of a row."""
+def is_output(result: Any) -> bool:
+    """Whether a result of an operation is not the log-sum-exp."""
+    return result.dtype == jnp.bfloat16
+
+
+def timed_function(row: Row, case: Case, backward: bool) -> Callable[..., Any]:
+    """The function of a row, of what `draw` draws."""
 
     def function(arrays: dict[str, jax.Array], lists: jax.Array) -> Any:
         return row.function(case, arrays, lists)
 
-    arrays = {
-        name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in row.shapes(case).items()
-    }
-    lists = jax.eval_shape(lambda: row.lists(case))
-    return timing.compile_loop(with_gradient(function) if backward else function, (arrays, lists))
+    return with_gradient(function) if backward else function
 
 
-def draw(row: Row, case: Case) -> Any:
-    """Random arguments of a row."""
-    shapes = row.shapes(case)
+def draw(row: Row, case: Case, backward: bool) -> tuple[Any, ...]:
+    """Random arguments of a row: arrays, lists and, for the gradient, cotangents."""
+
+    def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jax.random.normal(key, shape, jnp.bfloat16)
+
+    shapes, lists = row.shapes(case), row.lists(case)
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    arrays = {
-        name: jax.random.normal(key, shape, jnp.bfloat16)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-    return arrays, row.lists(case)
+    arrays = {name: normal(key, shapes[name]) for key, name in zip(keys, shapes, strict=True)}
+    if not backward:
+        return arrays, lists
+    results = jax.eval_shape(timed_function(row, case, False), arrays, lists)
+    outputs = [result for result in jax.tree.leaves(results) if is_output(result)]
+    keys = jax.random.split(jax.random.key(2), len(outputs))
+    return arrays, lists, [normal(key, x.shape) for key, x in zip(keys, outputs, strict=True)]
 
 
 def measure(row: Row, lengths: list[int]) -> Iterator[dict[str, Any]]:
@@ -366,7 +309,9 @@ def measure(row: Row, lengths: list[int]) -> Iterator[dict[str, Any]]:
         case = dataclasses.replace(row.case, num_tokens=length)
         for backward in (False, True) if row.has_backward else (False,):
             try:
-                loops[length, backward] = compile_row(row, case, backward)
+                arguments = jax.eval_shape(lambda: draw(row, case, backward))  # noqa: B023
+                function = timed_function(row, case, backward)
+                loops[length, backward] = timing.compile_loop(function, arguments)
             except Exception as error:  # of any kind: one measurement is lost, not the table
                 loops[length, backward] = error
     yield {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
@@ -376,7 +321,10 @@ def measure(row: Row, lengths: list[int]) -> Iterator[dict[str, Any]]:
         try:
             if isinstance(loop, Exception):
                 raise loop
-            result["milliseconds"] = timing.milliseconds(loop, jax.jit(lambda: draw(row, case))())  # noqa: B023
+            result["milliseconds"] = timing.milliseconds(
+                loop,
+                jax.jit(lambda: draw(row, case, backward))(),  # noqa: B023
+            )
         except Exception as error:  # as above
             result["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         yield result

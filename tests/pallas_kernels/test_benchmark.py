@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import benchmark, dispatch, measurement, timing
+from pallas_kernels.benchmark_floors import Work
 from pallas_kernels.benchmark_rows import (
     ASA,
     DENSE_LAYER,
@@ -17,9 +18,9 @@ from pallas_kernels.benchmark_rows import (
     NSA_64,
     PAIR,
     ROWS,
-    Work,
+    draw,
     random_lists,
-    with_gradient,
+    timed_function,
 )  # fmt: skip
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -69,15 +70,8 @@ def test_rows_trace(row, backward, monkeypatch):
         pytest.skip("no gradient")
     monkeypatch.setattr(dispatch, "is_hopper", lambda: True)
     case = dataclasses.replace(row.case, num_tokens=2048)
-    arrays = {
-        name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in row.shapes(case).items()
-    }
-
-    def function(arrays, lists):
-        return row.function(case, arrays, lists)
-
-    function = with_gradient(function) if backward else function
-    results = jax.eval_shape(function, arrays, jax.eval_shape(lambda: random_lists(case)))
+    arguments = jax.eval_shape(lambda: draw(row, case, backward))
+    results = jax.eval_shape(timed_function(row, case, backward), *arguments)
     if backward:
         assert jax.tree.map(lambda x: x.shape, results[1][0]) == row.shapes(case)
     assert row.floor(case, backward) > 0
