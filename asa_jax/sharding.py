@@ -127,9 +127,9 @@ def gathered(weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         axes: their names.
 
     Returns:
-        `weight`; the identity where no mesh is in context.
+        `weight`; the identity without a mesh of several devices in context.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if jax.sharding.get_abstract_mesh().size <= 1:
         return weight
     whole = ["activation" if axis == "embed" else axis for axis in axes]
 

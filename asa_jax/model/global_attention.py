@@ -42,7 +42,7 @@ from pallas_kernels.selected_attention import selected_attention
 
 # Logical axes of latents and rotated keys, and of their block means; and of lists of blocks.
 LATENTS = (("batch", "sequence", "groups", "latent"), ("batch", "sequence", "latent")) * 2
-LISTS = ("batch", "sequence", "kv_heads", "block")
+LISTS = ("batch", "sequence", "heads", "block")
 
 
 class GlobalCache(NamedTuple):
@@ -128,7 +128,7 @@ class GroupLatentAttention(nnx.Module):
             for array, axes in zip((latent, rope_key, *compressed), LATENTS, strict=True)
         )
         filled = [fill(old, new) for old, new in zip(cache[:4], rows, strict=True)]
-        lists = in_row_order(block_indices, *LISTS)
+        lists = in_row_order(block_indices, "batch", "sequence", "groups", "block")
         cache = GlobalCache._make([*filled, last_selection(lists, lengths, self.cfg)])
         return self._project_out(mixed), cache
 

@@ -6,16 +6,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from asa_jax.config import config_to_dict
 from asa_jax.flags import PROJECT
 
 
-def test_a_mesh_draws_the_same_tokens(make_config):
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("local", "global"),
+        pytest.param(("mla", "nsa"), marks=pytest.mark.slow),
+        pytest.param(("full", "sliding"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_a_mesh_draws_the_same_tokens(make_config, kinds):
     meshes = [
         dict(zip(("data", "fsdp", "tensor", "context"), sizes, strict=True))
         for sizes in ((1, 1, 1, 1), (1, 2, 2, 2))
     ]
-    config = make_config(("local", "global"))
+    # Fewer latents than tensor shards, which then share the lists of blocks.
+    config = make_config(kinds, num_latent_groups=1)
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("sharded_generation.py")],
         input=json.dumps({"config": config_to_dict(config), "meshes": meshes}),
