@@ -113,6 +113,23 @@ def test_two_processes_train_as_one_and_survive(finished, start_pair, train, tmp
 
 
 @pytest.mark.slow
+def test_the_sequence_is_divided_over_processes(train, start_pair, tmp_path):
+    """Halos and gathered latents travel between them."""
+    flags = (
+        "--config.model.layer_kinds=('local','global')", "--config.training.steps=20",
+        "--config.training.eval_every_steps=0",
+    )  # fmt: skip
+    assert train(tmp_path / "one", *flags).returncode == 0
+    mesh = ("--config.mesh.data=1", "--config.mesh.context=2")
+    pair = start_pair(tmp_path / "two", *flags, *mesh)
+    assert [process.wait(200) for process in pair] == [0, 0]
+    expected, found = (
+        np.array([x[1] for x in losses(tmp_path / name) if x[1]]) for name in ("one", "two")
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("process", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)], ids=["first-dies", "hangs"]
 )
