@@ -6,15 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, AxisType
 
 from asa_jax.context_parallel import place_rows, placement, row_multiple, row_order
 from asa_jax.errors import ConfigError
-from asa_jax.sharding import check_groups
+from asa_jax.sharding import MESH_AXES, check_groups
+from pallas_kernels import dispatch
+from tests.model.layer_cases import inputs, make_case
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 # Layers of context_mesh.py, and meshes (data, fsdp, tensor, context).
@@ -77,6 +82,42 @@ def test_each_kind_of_layer_equals_one_device():
 @pytest.mark.timeout(600)
 def test_every_layer_equals_one_device_on_2_4_and_8():
     check(REST)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "kernels"),
+    [
+        ("local", (1, 2, 2, 1), True),
+        ("local", (1, 1, 2, 2), True),
+        ("global", (2, 1, 2, 1), True),
+        # The kernels do not take chunks of queries yet.
+        ("global", (1, 1, 2, 2), False),
+    ],
+)
+def test_kernels_lower_for_the_part_of_a_device(kind, sizes, kernels, monkeypatch):
+    monkeypatch.setattr(dispatch, "is_hopper", lambda: True)
+    case = make_case(
+        kind,
+        compute_dtype="bfloat16",
+        num_heads=16,
+        kv_lora_rank=64,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        group_kv_lora_rank=128,
+    )
+
+    def of(array, dtype=None):
+        return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype)
+
+    x, row = inputs(case, 2, 128), jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(case.apply).trace(
+            jax.tree.map(of, case.params), of(x, jnp.bfloat16), row, row
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("@mosaic_gpu" in text) == kernels
 
 
 class PlacementTest(parameterized.TestCase):
