@@ -14,6 +14,7 @@ processes the first looks and verifies, and all restore the step that it found.
 import importlib.metadata
 import logging
 import subprocess
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,40 +187,48 @@ def _newest_usable[T](
     directory = workdir / CHECKPOINTS
     candidates = [f for f in _steps(workdir) if step is None or int(f.name) == step]
     reasons: list[str] = []
-
-    def pass_over(folder: Path, reason: str) -> None:
-        _log.warning("%s: passed over: %s", folder, reason)
-        reasons.append(f"{folder.name}: {reason}")
-
-    def next_intact() -> int:
-        while candidates:
-            folder = candidates.pop(0)
-            reason = verify_digest(folder)
-            if reason is None:
-                return int(folder.name)
-            pass_over(folder, reason)
-        return _NONE
-
-    while (found := from_first_process(next_intact)) != _NONE:
-        folder, loaded, reason = directory / str(found), None, "another process cannot read it"
-        try:
-            loaded = load(folder, _read_meta(folder))
-        except UserError:
-            raise  # an intact step that is of something else
-        except Exception as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        if on_all_processes(loaded is not None):
-            assert loaded is not None
-            return folder, loaded
-        pass_over(folder, reason)
+    while (found := from_first_process(lambda: _next_intact(candidates, reasons))) != _NONE:
+        folder = directory / str(found)
+        loaded, reason = _try_to_load(folder, load)
+        if on_all_processes(reason is None):
+            return folder, typing.cast(T, loaded)
+        _pass_over(folder, reason or "another process cannot read it", reasons)
     if step is not None and not reasons:
         there = ", ".join(folder.name for folder in _steps(workdir))
         raise CheckpointError(f"{directory}: no step {step}; there are {there}")
-    first = reasons[0] if reasons else "process 0 says why"
     raise CheckpointError(
-        f"{directory}: none of {len(reasons)} checkpoints is usable ({first}); put back a "
-        "copy, or delete the folder to start from step 0"
+        f"{directory}: none of {len(reasons)} checkpoints is usable "
+        f"({reasons[0] if reasons else 'process 0 says why'}); put back a copy, or delete the "
+        "folder to start from step 0"
     )
+
+
+def _next_intact(candidates: list[Path], reasons: list[str]) -> int:
+    """Takes candidates up to the first that is as it was written; its step, or _NONE."""
+    while candidates:
+        folder = candidates.pop(0)
+        reason = verify_digest(folder)
+        if reason is None:
+            return int(folder.name)
+        _pass_over(folder, reason, reasons)
+    return _NONE
+
+
+def _try_to_load[T](
+    folder: Path, load: Callable[[Path, dict[str, Any]], T]
+) -> tuple[T | None, str | None]:
+    """What `load` gives, or why it gives nothing; a step of something else stays an error."""
+    try:
+        return load(folder, _read_meta(folder)), None
+    except UserError:
+        raise
+    except Exception as error:
+        return None, (str(error).strip() or repr(error)).splitlines()[0][:200]
+
+
+def _pass_over(folder: Path, reason: str, reasons: list[str]) -> None:
+    _log.warning("%s: passed over: %s", folder, reason)
+    reasons.append(f"{folder.name}: {reason}")
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
