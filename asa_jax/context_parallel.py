@@ -42,8 +42,8 @@ def placement(length: int, context: int) -> np.ndarray:
     """
     if context == 1:
         return np.arange(length)
-    chunks = np.arange(length).reshape(2 * context, -1)
-    return chunks[_placed_chunks(context)].reshape(-1)
+    early, late = np.split(np.arange(length).reshape(2 * context, -1), 2)
+    return np.stack([early, late[::-1]], axis=1).reshape(-1)
 
 
 def row_order(length: int, context: int) -> np.ndarray:
@@ -106,8 +106,9 @@ def gather_rows(*parts: jax.Array, skip: int = 0) -> tuple[jax.Array, ...]:
 
     def gather(part: jax.Array) -> jax.Array:
         placed = jax.lax.all_gather(part, AXIS, axis=1, tiled=True)
-        chunks = placed.reshape(part.shape[0], 2 * context, -1, part.shape[2])
-        ordered = jnp.take(chunks, np.argsort(_placed_chunks(context)), axis=1)
+        chunks = placed.reshape(part.shape[0], context, 2, -1, part.shape[2])
+        # Early chunks ascend with the device, late ones descend.
+        ordered = jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1)
         return ordered.reshape(placed.shape)[:, skip:]
 
     return _as_one(gather, parts)
@@ -182,10 +183,6 @@ def map_chunks(
         return function(*parts)
     result = function(*_as_one(lambda part: _with_halo(part, halo), parts))
     return result.reshape(parts[0].shape[0], -1, *result.shape[2:])
-
-
-def _placed_chunks(context: int) -> list[int]:
-    return [chunk for c in range(context) for chunk in (c, 2 * context - 1 - c)]
 
 
 def _own_chunks() -> tuple[jax.Array, jax.Array]:
