@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic import tiles
 from pallas_kernels.mosaic.tiles import ROWS
 from pallas_kernels.selected_attention import tile_walk
-from pallas_kernels.selected_attention.tile_walk import KEYS, Problem
+from pallas_kernels.selected_attention.tile_walk import Problem
 
 
 def forward(
@@ -40,6 +40,7 @@ def forward(
     """
     batch, num_rows = key.shape[0], problem.num_tokens * problem.heads
     dtype, num_columns = query.dtype, value_columns.stop - value_columns.start
+    num_keys = problem.keys_per_step
     arrays = (key,) if value is None else (key, value)
 
     def selected_attention_forward(  # type: ignore[no-untyped-def]
@@ -99,8 +100,8 @@ def forward(
         num_threads=1,
         thread_name="warpgroup",
         scratch_types=(
-            tiles.tiled((ROWS, width), dtype),
-            tuple(tiles.tiled((num_stages, KEYS, x.shape[-1]), dtype) for x in arrays),
+            problem.buffer((ROWS, width), dtype),
+            tuple(problem.buffer((num_stages, num_keys, x.shape[-1]), dtype) for x in arrays),
             () if num_columns <= width else (tiles.tiled((ROWS, num_columns), dtype),),
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.SMEM((list_length,), jnp.int32),

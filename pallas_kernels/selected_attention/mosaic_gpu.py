@@ -24,10 +24,9 @@ from pallas_kernels.selected_attention import (
     row_statistics,
 )
 from pallas_kernels.selected_attention.lists import Cells, clean_lists, inverse_lists, union_lists
-from pallas_kernels.selected_attention.tile_walk import KEYS, Problem
+from pallas_kernels.selected_attention.tile_walk import KEYS, MAX_COLUMNS, Problem
 
 MIN_ROWS_OF_GROUP = 8  # the rows of a tile of shared memory
-MAX_COLUMNS = 256  # float32 sums [64, 256] are half the registers of a warpgroup
 GROUPS_PER_ITEM = 256  # bounds the serial work on a block that every group chose
 # So many bytes of queries and output gradients of one key head are swept together: what is read
 # again comes from the L2 cache. Measured: 38 MB is best for latents, 67 MB for other heads. But
@@ -59,6 +58,7 @@ def selected_attention(
     heads = num_heads // num_kv_heads
     padded_heads = _power_of_two(max(heads, MIN_ROWS_OF_GROUP // queries_per_selection))
     tail = -length % KEYS
+    value_dim = value_dim or key.shape[3] if value is None else value.shape[3]
     problem = Problem(
         num_tokens=length + tail,
         num_kv_heads=num_kv_heads,
@@ -66,9 +66,9 @@ def selected_attention(
         block_size=block_size,
         queries_per_selection=queries_per_selection,
         scale=scale,
+        is_wide=value_dim == MAX_COLUMNS,
         interpret=interpret,
     )
-    value_dim = value_dim or key.shape[3] if value is None else value.shape[3]
     _check(problem, query, key, value, value_dim)
     query, key = _pad(query, 1, tail), _pad(key, 1, tail)
     value = _pad(value, 1, tail)
@@ -100,6 +100,8 @@ def _check(
         raise NotImplementedError("key, value: not of the type of query")
     if problem.block_size not in (16, 32, 64):
         raise NotImplementedError(f"block_size: {problem.block_size} is not 16, 32 or 64")
+    if problem.block_size > problem.keys_per_step:
+        raise NotImplementedError(f"block_size: {problem.block_size} with a value of {value_dim}")
     if problem.rows_per_group > tiles.ROWS:
         raise NotImplementedError(
             f"queries_per_selection: {problem.queries_per_selection} queries of {problem.heads} "
@@ -109,7 +111,7 @@ def _check(
     if value is not None and (head_dim not in (64, 128) or value_dim not in (64, 128)):
         raise NotImplementedError(f"value: head dims {head_dim}/{value_dim} are not 64 or 128")
     if value is None and (
-        value_dim not in (64, 128, 512) or head_dim - value_dim not in ROPE_WIDTHS
+        value_dim not in (64, 128, 256, 512) or head_dim - value_dim not in ROPE_WIDTHS
     ):
         raise NotImplementedError(f"value_dim: {value_dim} of {head_dim} as one buffer")
 
@@ -179,8 +181,9 @@ def _backward(problem, value_dim, residuals, cotangents):  # type: ignore[no-unt
     lse = jnp.where(sees_any, lse, 0)
     doutput = problem.to_rows(doutput)
     dquery = query_gradient.query_gradient(
-        problem, query, key, value, doutput, lse, delta, entries, counts, num_stages=2
-    )
+        problem, query, key, value, doutput, lse, delta, entries, counts,
+        num_stages=4 if problem.is_wide else 2,
+    )  # fmt: skip
     statistics = row_statistics.lay_out(problem, lse, delta)
     dkey, *dvalue = _key_gradients(problem, query, key, value, doutput, statistics, lists)
     return problem.from_rows(dquery), dkey, *(dvalue or [None]), None
@@ -203,8 +206,9 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     )
     inverse = inverse_lists(lists, cells, GROUPS_PER_ITEM)
     items = key_gradient.key_gradient_items(
-        problem, query, key, value, doutput, statistics, inverse, num_stages=2
-    )
+        problem, query, key, value, doutput, statistics, inverse,
+        num_stages=1 if problem.is_wide else 2,
+    )  # fmt: skip
     arrays = (key,) if value is None else (key, value)
     return [
         key_gradient.sum_items(problem, part, inverse, cells, array)

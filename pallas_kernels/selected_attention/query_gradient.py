@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic import tiles
 from pallas_kernels.mosaic.tiles import ROWS
 from pallas_kernels.selected_attention import tile_walk
-from pallas_kernels.selected_attention.tile_walk import KEYS, Problem
+from pallas_kernels.selected_attention.tile_walk import MAX_COLUMNS, Problem
 
 
 def query_gradient(
@@ -42,7 +42,9 @@ def query_gradient(
       Rows like query.
     """
     dtype, (width, num_columns) = query.dtype, (x.shape[-1] for x in (query, doutput))
+    num_keys = problem.keys_per_step
     arrays = (key,) if value is None else (key, value)
+    pieces = [slice(i, min(i + MAX_COLUMNS, width)) for i in range(0, width, MAX_COLUMNS)]
     row_copies = sum(ROWS // problem.rows_per_copy(ROWS, x, x) for x in (query, doutput))
 
     def selected_attention_dq(  # type: ignore[no-untyped-def]
@@ -62,6 +64,12 @@ def query_gradient(
         plgpu.barrier_wait(row_barrier)
         lse, delta = (plgpu.load(buffer, layout=tiles.BY_ROW) for buffer in statistics_s)
 
+        def columns(ref):  # type: ignore[no-untyped-def]
+            """The columns of a buffer that each of the sums is for."""
+            if len(pieces) == 1:
+                return [ref]
+            return [ref.at[:, pl.ds(piece.start, piece.stop - piece.start)] for piece in pieces]
+
         def step(index, gradient, causal):  # type: ignore[no-untyped-def]
             buffers = walk.wait(index)
             keys, values = buffers[0], buffers[-1]
@@ -71,13 +79,15 @@ def query_gradient(
             weights = jnp.exp2(walk.scores(index, products, -lse, causal))
             # To wait once for these and for the scores was 3 to 10% slower.
             dweights = tiles.matmul((doutput_s, tiles.transposed(values)))
-            dscores = (weights * (dweights - tiles.across(delta, KEYS))).astype(dtype)
-            gradient = tiles.add_matmul(gradient, dscores, keys, interpret=problem.interpret)
+            dscores = (weights * (dweights - tiles.across(delta, num_keys))).astype(dtype)
+            products = [[(dscores, part)] for part in columns(keys)]
+            gradient = tiles.add_matmuls(gradient, *products, interpret=problem.interpret)
             walk.refill(index, num_steps)
             return gradient
 
-        gradient = walk.run(num_steps, step, tiles.zeros((ROWS, width)))
-        query_s[...] = (gradient * problem.scale).astype(dtype)
+        zeros = tuple(tiles.zeros((ROWS, piece.stop - piece.start)) for piece in pieces)
+        for part, total in zip(columns(query_s), walk.run(num_steps, step, zeros), strict=True):
+            part[...] = (total * problem.scale).astype(dtype)
         plgpu.commit_smem()
         walk.store(query_s, gradient_ref)
         plgpu.wait_smem_to_gmem(0)
@@ -91,10 +101,10 @@ def query_gradient(
         num_threads=1,
         thread_name="warpgroup",
         scratch_types=(
-            tiles.tiled((ROWS, width), dtype),
-            tiles.tiled((ROWS, num_columns), dtype, like_width=arrays[-1].shape[-1]),
+            problem.buffer((ROWS, width), dtype),
+            problem.buffer((ROWS, num_columns), dtype, arrays[-1].shape[-1]),
             tuple(plgpu.SMEM((ROWS,), jnp.float32) for _ in range(2)),
-            tuple(tiles.tiled((num_stages, KEYS, x.shape[-1]), dtype) for x in arrays),
+            tuple(problem.buffer((num_stages, num_keys, x.shape[-1]), dtype) for x in arrays),
             plgpu.SMEM((list_length,), jnp.int32),
             plgpu.Barrier(num_arrivals=tile_walk.num_list_copies(list_length)),
             plgpu.Barrier(num_arrivals=row_copies + 2),

@@ -2,12 +2,14 @@
 
 A warpgroup owns a tile of 64 rows (query tokens times heads of one key head) and walks the union of
 the lists of its groups, 64 keys a step: one block of 64 or four of 16, gathered side by side by the
-copy engine while earlier keys are worked on. A row whose group did not choose a block gets -inf for
-its scores. Entries ascend, so only the last steps can hold keys after a query.
+copy engine while earlier keys are worked on. Of wide keys it is 32 a step, since their sums leave
+registers for no more. A row whose group did not choose a block gets -inf for its scores. Entries
+ascend, so only the last steps can hold keys after a query.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +24,8 @@ from pallas_kernels.mosaic import tiles
 from pallas_kernels.mosaic.tiles import ROWS
 from pallas_kernels.selected_attention.lists import MEMBER_BITS
 
-KEYS = 64  # keys of a step
+KEYS = 64  # keys of a step at most
+MAX_COLUMNS = 256  # of a product of the tensor cores
 COPY_LIMIT = 256  # numbers along an axis that one copy takes
 TILED_ROWS = 8  # shared memory is tiled by so many rows: the least that a copy can take
 
@@ -42,6 +45,7 @@ class Problem:
     block_size: int
     queries_per_selection: int
     scale: float
+    is_wide: bool = False  # whether the sums of a tile are half of the registers or more
     interpret: Any = None
 
     @property
@@ -61,17 +65,27 @@ class Problem:
         return self.num_tokens // self.tokens_per_tile
 
     @property
+    def keys_per_step(self) -> int:
+        return KEYS // 2 if self.is_wide else KEYS
+
+    @property
     def blocks_per_step(self) -> int:
-        return KEYS // self.block_size
+        return self.keys_per_step // self.block_size
 
     @property
     def causal_steps(self) -> int:
         """The last steps of a tile, which may hold blocks that the tile's own tokens lie in."""
-        return 1 if self.tokens_per_tile <= self.block_size else 2
+        own_blocks = pl.cdiv(self.tokens_per_tile, self.block_size)
+        return 1 + pl.cdiv(own_blocks - 1, self.blocks_per_step)
 
     @property
     def scale2(self) -> float:
         return self.scale * tiles.LOG2E
+
+    def buffer(self, shape: tuple[int, ...], dtype: Any, like_width: int | None = None) -> Any:
+        """See `tiles.tiled`; no wider than the keys of a step, which are rows of a factor."""
+        like_width = math.gcd(like_width or shape[-1], self.keys_per_step)
+        return tiles.tiled(shape, dtype, like_width=like_width)
 
     @property
     def sums_by_key(self) -> bool:
@@ -214,21 +228,21 @@ class TileWalk:
         self, step: jax.Array, products: jax.Array, maximum: jax.Array, causal: bool
     ) -> tuple[jax.Array, jax.Array]:
         """The maximum of the scores in base 2 so far, and exp2(scores - maximum)."""
-        scale2 = self.problem.scale2
+        scale2, num_keys = self.problem.scale2, self.problem.keys_per_step
         if self.problem.blocks_per_step > 1 or scale2 <= 0:
             scores = self.scores(step, products, jnp.zeros_like(maximum), causal)
             maximum = jnp.maximum(maximum, scores.max(axis=1))
-            return maximum, jnp.exp2(scores - tiles.across(maximum, KEYS))
+            return maximum, jnp.exp2(scores - tiles.across(maximum, num_keys))
         # One block: all of a row counts or nothing, so numbers of the row do the masking.
         entry = self.entries[step]
         if causal:
-            last = self.token - (entry >> MEMBER_BITS) * KEYS
-            products = jnp.where(self.column <= tiles.across(last, KEYS), products, -jnp.inf)
+            last = self.token - (entry >> MEMBER_BITS) * num_keys
+            products = jnp.where(self.column <= tiles.across(last, num_keys), products, -jnp.inf)
         is_member = (entry >> self.group) & 1 == 1
         largest = jnp.where(is_member, products.max(axis=1) * scale2, -jnp.inf)
         maximum = jnp.maximum(maximum, largest)
         offset = jnp.where(is_member, maximum, jnp.inf)
-        return maximum, jnp.exp2(products * scale2 - tiles.across(offset, KEYS))
+        return maximum, jnp.exp2(products * scale2 - tiles.across(offset, num_keys))
 
     def run(self, num_steps: jax.Array, step: Any, carry: Any) -> Any:
         """Calls `step(index, carry, causal)` for every step."""

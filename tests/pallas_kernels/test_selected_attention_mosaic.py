@@ -37,6 +37,7 @@ SHAPES = (
     Shape("asa", 2, 8, 4, 16, 160, 128, True, 64),
     Shape("asa_every_query", 2, 8, 1, 16, 160, 128, True, 64),
     Shape("asa_192", 2, 8, 4, 16, 192, 128, True, 128),
+    Shape("asa_1b", 2, 8, 4, 16, 320, 256, True, 64),
     Shape("asa_one_group", 1, 16, 4, 16, 160, 128, True, 64),
     Shape("nsa_64", 4, 4, 4, 64, 64, 64, False, 16),
     Shape("nsa_64_every_query", 4, 4, 1, 64, 64, 64, False, 16),
@@ -48,6 +49,7 @@ SHAPES = (
 FORWARD_ONLY = (Shape("mla_576", 1, 16, 4, 64, 576, 512, True, 16),)
 SMALL = (
     Shape("blocks_of_16", 1, 8, 4, 16, 160, 128, True, 3),
+    Shape("wide_keys", 1, 8, 4, 16, 320, 256, True, 3),
     Shape("blocks_of_64", 1, 4, 4, 64, 64, 64, False, 2),
 )
 
@@ -212,6 +214,7 @@ def test_lowers_under_vmap_remat_and_scan() -> None:
         ({"block_size": 8, "queries_per_selection": 4}, "block_size: 8"),
         ({"head_dim": 96, "value_dim": 96, "shares_value": False}, "96/96"),
         ({"head_dim": 144}, "128 of 144"),
+        ({"head_dim": 320, "value_dim": 256, "block_size": 64}, "64 with a value of 256"),
         ({"heads": 32}, "over 64 rows"),
     ],
 )
