@@ -196,10 +196,11 @@ def _newest_usable[T](
     if step is not None and not reasons:
         there = ", ".join(folder.name for folder in _steps(workdir))
         raise CheckpointError(f"{directory}: no step {step}; there are {there}")
+    if not reasons:
+        raise CheckpointError(f"{directory}: no checkpoint is usable, process 0 says why")
     raise CheckpointError(
-        f"{directory}: none of {len(reasons)} checkpoints is usable "
-        f"({reasons[0] if reasons else 'process 0 says why'}); put back a copy, or delete the "
-        "folder to start from step 0"
+        f"{directory}: none of {len(reasons)} checkpoints is usable ({reasons[0]}); put back a "
+        "copy, or delete the folder to start from step 0"
     )
 
 

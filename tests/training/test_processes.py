@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import re
+import shutil
 import signal
 import socket
 import time
@@ -87,12 +88,17 @@ def test_two_processes_train_as_one_and_survive(finished, start_pair, train, tmp
     saved = _checkpoints(workdir)[-1]
     assert saved in (20, 40)
 
+    # A newer step that is damaged: the first process passes over it for both.
+    newer = workdir / "checkpoints" / str(saved + 1)
+    shutil.copytree(workdir / "checkpoints" / str(saved), newer)
+    (newer / "params" / "manifest.ocdbt").write_bytes(b"")
     # Found by jax as those of srun, on a mesh that divides the heads: both read all rows.
     pair = start_pair(workdir, "--config.mesh.data=1", "--config.mesh.tensor=2", slurm=True)
     wait_for(lambda: "Gloo" in _output(workdir, 1, 1))  # they have joined
     pair[1].send_signal(signal.SIGTERM)
     assert [process.wait(120) for process in pair] == [143, 143]
     output = _output(workdir, 1, 0)
+    assert f"{newer}: passed over: params/manifest.ocdbt is not as it was" in output
     assert f"resumes after step {saved} of {STEPS}" in output
     (stopped,) = re.findall(r"stopped after step (\d+)", output)
     assert saved < int(stopped) < STEPS
