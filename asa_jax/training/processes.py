@@ -3,6 +3,7 @@
 One process pays nothing for any of it.
 """
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,9 @@ def joined(launch: Launch) -> Iterator[None]:
         yield
         return
     _join(launch)
+    if launch.process_id:
+        for name in ("asa_jax", "pallas_kernels"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # process 0 warns for all
     try:
         yield
         jax.distributed.shutdown()
