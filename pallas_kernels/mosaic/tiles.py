@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 ROWS = 64  # rows of a tile: the least that the tensor cores take
+MAX_COLUMNS = 256  # of a tile: the most that the tensor cores take
 LOG2E = math.log2(math.e)  # scores are kept in base 2, the base of the hardware's exponential
 LAYOUT = plgpu.Layout.WGMMA
 BY_ROW = LAYOUT.reduce(1)  # of a vector with one number a row of a tile
@@ -59,6 +60,15 @@ def row_ids(num_rows: int = ROWS) -> jax.Array:
 def column_ids(num_rows: int, num_columns: int) -> jax.Array:
     """Returns a tile that holds the number of its column everywhere."""
     return plgpu.broadcasted_iota(jnp.int32, (num_rows, num_columns), 1, layout=LAYOUT)
+
+
+def column_parts(ref: Any) -> list[Any]:
+    """Cuts an operand in shared memory in parts that products can have as columns."""
+    width = ref.shape[1]
+    if width <= MAX_COLUMNS:
+        return [ref]
+    starts = range(0, width, MAX_COLUMNS)
+    return [ref.at[:, pl.ds(start, min(MAX_COLUMNS, width - start))] for start in starts]
 
 
 def transposed(ref: Any) -> Any:

@@ -24,7 +24,7 @@ from pallas_kernels.selected_attention import (
     row_statistics,
 )
 from pallas_kernels.selected_attention.lists import Cells, clean_lists, inverse_lists, union_lists
-from pallas_kernels.selected_attention.tile_walk import KEYS, MAX_COLUMNS, Problem
+from pallas_kernels.selected_attention.tile_walk import KEYS, Problem
 
 MIN_ROWS_OF_GROUP = 8  # the rows of a tile of shared memory
 GROUPS_PER_ITEM = 256  # bounds the serial work on a block that every group chose
@@ -66,7 +66,7 @@ def selected_attention(
         block_size=block_size,
         queries_per_selection=queries_per_selection,
         scale=scale,
-        is_wide=value_dim == MAX_COLUMNS,
+        is_wide=value_dim == tiles.MAX_COLUMNS,
         interpret=interpret,
     )
     _check(problem, query, key, value, value_dim)
@@ -155,11 +155,11 @@ def _forward(problem, value_dim, query, key, value, lists):  # type: ignore[no-u
     rows = problem.to_rows(query)
     entries, counts = union_lists(lists, problem.groups_per_tile)
     outputs = []
-    for start in range(0, value_dim, MAX_COLUMNS):
-        columns = slice(start, min(start + MAX_COLUMNS, value_dim))
+    for start in range(0, value_dim, tiles.MAX_COLUMNS):
+        columns = slice(start, min(start + tiles.MAX_COLUMNS, value_dim))
         output, lse = forward.forward(
             problem, rows, key, value, entries, counts,
-            value_columns=columns, num_stages=1 if value_dim > MAX_COLUMNS else 2,
+            value_columns=columns, num_stages=1 if value_dim > tiles.MAX_COLUMNS else 2,
         )  # fmt: skip
         outputs.append(output)
     output = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=-1)
@@ -172,7 +172,7 @@ def _forward(problem, value_dim, query, key, value, lists):  # type: ignore[no-u
 def _backward(problem, value_dim, residuals, cotangents):  # type: ignore[no-untyped-def]
     query, key, value, lists, entries, counts, output, lse = residuals
     doutput, dlse = cotangents
-    if value_dim > MAX_COLUMNS:
+    if value_dim > tiles.MAX_COLUMNS:
         raise NotImplementedError(f"value_dim: no gradient kernel for {value_dim}")
     delta = (doutput.astype(jnp.float32) * output).sum(-1)
     sees_any = lse > -jnp.inf

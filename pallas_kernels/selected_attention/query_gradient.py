@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic import tiles
 from pallas_kernels.mosaic.tiles import ROWS
 from pallas_kernels.selected_attention import tile_walk
-from pallas_kernels.selected_attention.tile_walk import MAX_COLUMNS, Problem
+from pallas_kernels.selected_attention.tile_walk import Problem
 
 
 def query_gradient(
@@ -44,7 +44,6 @@ def query_gradient(
     dtype, (width, num_columns) = query.dtype, (x.shape[-1] for x in (query, doutput))
     num_keys = problem.keys_per_step
     arrays = (key,) if value is None else (key, value)
-    pieces = [slice(i, min(i + MAX_COLUMNS, width)) for i in range(0, width, MAX_COLUMNS)]
     row_copies = sum(ROWS // problem.rows_per_copy(ROWS, x, x) for x in (query, doutput))
 
     def selected_attention_dq(  # type: ignore[no-untyped-def]
@@ -64,12 +63,6 @@ def query_gradient(
         plgpu.barrier_wait(row_barrier)
         lse, delta = (plgpu.load(buffer, layout=tiles.BY_ROW) for buffer in statistics_s)
 
-        def columns(ref):  # type: ignore[no-untyped-def]
-            """The columns of a buffer that each of the sums is for."""
-            if len(pieces) == 1:
-                return [ref]
-            return [ref.at[:, pl.ds(piece.start, piece.stop - piece.start)] for piece in pieces]
-
         def step(index, gradient, causal):  # type: ignore[no-untyped-def]
             buffers = walk.wait(index)
             keys, values = buffers[0], buffers[-1]
@@ -80,13 +73,14 @@ def query_gradient(
             # To wait once for these and for the scores was 3 to 10% slower.
             dweights = tiles.matmul((doutput_s, tiles.transposed(values)))
             dscores = (weights * (dweights - tiles.across(delta, num_keys))).astype(dtype)
-            products = [[(dscores, part)] for part in columns(keys)]
+            products = [[(dscores, part)] for part in tiles.column_parts(keys)]
             gradient = tiles.add_matmuls(gradient, *products, interpret=problem.interpret)
             walk.refill(index, num_steps)
             return gradient
 
-        zeros = tuple(tiles.zeros((ROWS, piece.stop - piece.start)) for piece in pieces)
-        for part, total in zip(columns(query_s), walk.run(num_steps, step, zeros), strict=True):
+        parts = tiles.column_parts(query_s)
+        gradient = walk.run(num_steps, step, tuple(tiles.zeros(part.shape) for part in parts))
+        for part, total in zip(parts, gradient, strict=True):
             part[...] = (total * problem.scale).astype(dtype)
         plgpu.commit_smem()
         walk.store(query_s, gradient_ref)

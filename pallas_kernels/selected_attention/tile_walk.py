@@ -25,7 +25,6 @@ from pallas_kernels.mosaic.tiles import ROWS
 from pallas_kernels.selected_attention.lists import MEMBER_BITS
 
 KEYS = 64  # keys of a step at most
-MAX_COLUMNS = 256  # of a product of the tensor cores
 COPY_LIMIT = 256  # numbers along an axis that one copy takes
 TILED_ROWS = 8  # shared memory is tiled by so many rows: the least that a copy can take
 
