@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.chunking import pad_to_multiple
 from pallas_kernels.masked_attention import RESIDUAL_NAMES
-from pallas_kernels.mosaic import key_range, tiles
+from pallas_kernels.mosaic import key_range, key_walk, tiles
 from pallas_kernels.mosaic.flash_dkv import flash_dkv
 from pallas_kernels.mosaic.flash_dq import flash_dq
 from pallas_kernels.mosaic.flash_forward import flash_forward
@@ -87,7 +87,9 @@ def _check(query: jax.Array, key: jax.Array, value: jax.Array | None, value_dim:
         if array.dtype not in (jnp.bfloat16, jnp.float16) or array.dtype != query.dtype:
             raise NotImplementedError(f"{name}: {array.dtype} is not query's bfloat16 or float16")
     head_dim = query.shape[-1]
-    for name, size, limit in (("key", head_dim, 192), ("value", value_dim, 128)):
+    is_wide = value is None and head_dim > key_walk.NARROW
+    limits = (320, 256) if is_wide else (key_walk.NARROW, 128)
+    for name, size, limit in zip(("key", "value"), (head_dim, value_dim), limits, strict=True):
         if size % 32 or size > limit:
             raise NotImplementedError(f"{name}: head dim {size} is no multiple of 32 to {limit}")
     if value is None and value_dim % math.gcd(head_dim, 64):

@@ -32,7 +32,8 @@ BY_COLUMN = tiles.LAYOUT.reduce(0)  # of a vector with one number a column of a 
 
 def token_tile(head_dim: int, value_dim: int, shared: bool) -> int:
     """Returns how many tokens make a tile: 64, or 32 where registers hold wide sums beside it."""
-    return 64 if shared or head_dim + value_dim <= 256 else 32
+    fits = head_dim <= key_walk.NARROW if shared else head_dim + value_dim <= 256
+    return 64 if fits else 32
 
 
 def kept_dims(head_dim: int, sum_dims: int, width: int) -> int:

@@ -2,12 +2,13 @@
 
 With p = exp2(c s - lse) and delta = do . o - dlse: ds = scale p (do . v - delta), dq = ds k. A
 program owns the tokens that it owns in the forward pass and walks their keys in the same way, with
-queries, and do where there is room, in registers: scores from two operands in shared memory keep it
-as busy as the tensor cores.
+queries (but wide ones), and do where there is room, in registers: scores from two operands in shared
+memory keep it as busy as the tensor cores.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
+import math
 from typing import Any
 
 import jax
@@ -18,15 +19,20 @@ from jax import lax
 
 from pallas_kernels.mosaic import key_walk, overlap, tiles
 from pallas_kernels.mosaic.key_range import Documents, KeyRange
-from pallas_kernels.mosaic.key_walk import SLOTS, Items, KeyWalk, Ring
+from pallas_kernels.mosaic.key_walk import NARROW, SLOTS, Items, KeyWalk, Ring
 
 MOST_BYTES = 224 * 2**10  # of tiles in shared memory
-WIDTH = 64  # keys of a tile: what registers hold of two score tiles beside dq
+
+
+def key_tile(head_dim: int) -> tuple[int, int]:
+    """Returns keys of a tile, two of whose scores registers hold beside dq, and slots of them."""
+    return (64, SLOTS) if head_dim <= NARROW else (32, SLOTS + 1)
 
 
 def keeps_doutput(head_dim: int, value_dim: int) -> bool:
     """Returns whether registers hold do beside queries, their gradient and two tiles of scores."""
-    return head_dim // 2 + WIDTH + (head_dim + value_dim) // 4 <= key_walk.TILE_REGISTERS
+    width, _ = key_tile(head_dim)
+    return head_dim // 2 + width + (head_dim + value_dim) // 4 <= key_walk.TILE_REGISTERS
 
 
 def flash_dq(
@@ -71,9 +77,11 @@ def flash_dq(
     items = Items(batch, num_heads, length // (warpgroups * tiles.ROWS))
     dtype, exponent = query.dtype, scale * tiles.LOG2E
     shared, packed = value is None, documents is not None
+    width, slots = key_tile(head_dim)
+    is_wide = head_dim > NARROW
     # The gradient takes the memory of the queries where there is none for it beside the rest.
     numbers = 2 * warpgroups * tiles.ROWS * (head_dim + value_dim)
-    numbers += SLOTS * WIDTH * (head_dim if shared else head_dim + value_dim)
+    numbers += slots * width * (head_dim if shared else head_dim + value_dim)
     own_memory = numbers * dtype.itemsize <= MOST_BYTES
     # When an item's tokens make room for those of the next one.
     free_after = "store" if not own_memory else "walk"
@@ -92,7 +100,7 @@ def flash_dq(
 
         def item(n):
             batch_id, tile, head = items.item(program, n)
-            keys = KeyWalk(key_range, documents, num_keys, WIDTH, warpgroups, batch_id, tile)
+            keys = KeyWalk(key_range, documents, num_keys, width, warpgroups, batch_id, tile)
             return head, keys
 
         @pl.when(warpgroup == warpgroups)
@@ -107,7 +115,7 @@ def flash_dq(
                     rows = pl.ds(keys.first_token(w), tiles.ROWS)
                     copies = [
                         (q_ref.at[batch_id, rows, head], q_s.at[w]),
-                        (o_ref.at[batch_id, rows, head], o_s.at[w]),
+                        *([] if is_wide else [(o_ref.at[batch_id, rows, head], o_s.at[w])]),
                         (do_ref.at[batch_id, rows, head], do_s.at[w]),
                         (lse_ref.at[batch_id, head, rows], lse_s.at[w]),
                         (dlse_ref.at[batch_id, head, rows], dlse_s.at[w]),
@@ -124,9 +132,17 @@ def flash_dq(
         @pl.when(warpgroup < warpgroups)
         def _compute():
             plgpu.set_max_registers(key_walk.COMPUTE_REGISTERS, action="increase")
-            q_w, o_w, do_w = (x.at[warpgroup] for x in (q_s, o_s, do_s))
+            q_w, do_w = q_s.at[warpgroup], do_s.at[warpgroup]
             lse_w, dlse_w, delta_w = (x.at[warpgroup] for x in (lse_s, dlse_s, delta_s))
             dq_w = dq_s.at[warpgroup] if own_memory else q_w
+
+            def output_tile(keys, head):
+                """Reads the output; where there is no room for it, where it is."""
+                if not is_wide:
+                    return o_s.at[warpgroup][...]
+                rows = pl.ds(keys.first_token(warpgroup), tiles.ROWS)
+                o_w = o_ref.at[keys.batch_id, rows, head]
+                return plgpu.load(o_w, layout=tiles.LAYOUT, optimized=False)
 
             def free_tokens(moment):
                 if moment == free_after:
@@ -138,10 +154,13 @@ def flash_dq(
                 plgpu.barrier_wait(token_bar.at[warpgroup])
                 mask = keys.mask(warpgroup, start_s.at[warpgroup] if packed else None)
                 lse = plgpu.load(lse_w, layout=tiles.BY_ROW)
-                delta = (o_w[...].astype(jnp.float32) * do_w[...].astype(jnp.float32)).sum(axis=1)
+                outputs = output_tile(keys, head).astype(jnp.float32)
+                delta = (outputs * do_w[...].astype(jnp.float32)).sum(axis=1)
                 delta = scale * (delta - plgpu.load(dlse_w, layout=tiles.BY_ROW))
                 delta = jnp.where(lse < jnp.inf, delta, 0.0)
-                query_tile, doutput_tile = plgpu.load(q_w, layout=tiles.LAYOUT), do_w
+                query_tile, doutput_tile = q_w, do_w
+                if not is_wide:
+                    query_tile = plgpu.load(q_w, layout=tiles.LAYOUT)
                 if keeps_doutput(head_dim, value_dim):
                     doutput_tile = plgpu.load(do_w, layout=tiles.LAYOUT)
                 free_tokens("load")
@@ -152,11 +171,11 @@ def flash_dq(
                     v_w = k_w.at[:, pl.ds(0, value_dim)] if shared else value_ring.wait(number)
 
                     def weigh(scores):
-                        scores = scores * exponent - tiles.across(lse, WIDTH)
+                        scores = scores * exponent - tiles.across(lse, width)
                         return jnp.exp2(mask(i, scores) if masked else scores)
 
                     def differentiate(weights, dweights):
-                        return weights * (dweights * scale - tiles.across(delta, WIDTH))
+                        return weights * (dweights * scale - tiles.across(delta, width))
 
                     factors = [
                         [(query_tile, tiles.transposed(k_w))],
@@ -166,16 +185,19 @@ def flash_dq(
                         (factors, weigh, differentiate), (), [], interpret
                     )
                     dscores = dscores.astype(dtype)
-                    dquery = tiles.add_matmul(dquery, dscores, k_w, interpret=interpret)
+                    products = [[(dscores, part)] for part in tiles.column_parts(k_w)]
+                    dquery = tiles.add_matmuls(dquery, *products, interpret=interpret)
                     key_ring.release(number)
                     if not shared:
                         value_ring.release(number)
                     return dquery
 
-                dquery = key_walk.walk(bounds, step, tiles.zeros((tiles.ROWS, head_dim)))
+                zeros = tuple(tiles.zeros(part.shape) for part in tiles.column_parts(q_w))
+                dquery = key_walk.walk(bounds, step, zeros)
                 free_tokens("walk")
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dq_w[...] = dquery.astype(dtype)
+                for part, total in zip(tiles.column_parts(dq_w), dquery, strict=True):
+                    part[...] = total.astype(dtype)
                 delta_w[...] = delta
                 plgpu.commit_smem()
                 rows = pl.ds(keys.first_token(warpgroup), tiles.ROWS)
@@ -190,20 +212,22 @@ def flash_dq(
             plgpu.wait_smem_to_gmem(0)
 
     tokens = (warpgroups, tiles.ROWS)
-    like_value = tiles.transforms(head_dim if shared else value_dim, dtype)  # they are multiplied
-    full, free = (plgpu.Barrier(num_barriers=SLOTS, num_arrivals=n) for n in (1, warpgroups))
+    # Operands of one product need one swizzle, no wider than a tile of keys.
+    like_key = tiles.transforms(math.gcd(head_dim, width), dtype)
+    like_value = like_key if shared else tiles.transforms(value_dim, dtype)
+    full, free = (plgpu.Barrier(num_barriers=slots, num_arrivals=n) for n in (1, warpgroups))
     scratch: dict[str, Any] = {
-        "q_s": tiles.tiled((*tokens, head_dim), dtype),
-        "o_s": tiles.tiled((*tokens, value_dim), dtype),
+        "q_s": plgpu.SMEM((*tokens, head_dim), dtype, transforms=like_key),
+        "o_s": None if is_wide else tiles.tiled((*tokens, value_dim), dtype),
         "do_s": plgpu.SMEM((*tokens, value_dim), dtype, transforms=like_value),
-        "k_s": tiles.tiled((SLOTS, WIDTH, head_dim), dtype),
-        "v_s": None if shared else tiles.tiled((SLOTS, WIDTH, value_dim), dtype),
+        "k_s": plgpu.SMEM((slots, width, head_dim), dtype, transforms=like_key),
+        "v_s": None if shared else tiles.tiled((slots, width, value_dim), dtype),
         "dq_s": tiles.tiled((*tokens, head_dim), dtype) if own_memory else None,
         "lse_s": plgpu.SMEM(tokens, jnp.float32),
         "dlse_s": plgpu.SMEM(tokens, jnp.float32),
         "delta_s": plgpu.SMEM(tokens, jnp.float32),
         "start_s": plgpu.SMEM(tokens, jnp.int32) if packed else None,
-        "token_bar": plgpu.Barrier(num_barriers=warpgroups, num_arrivals=5 + packed),
+        "token_bar": plgpu.Barrier(num_barriers=warpgroups, num_arrivals=5 - is_wide + packed),
         "read_bar": plgpu.Barrier(num_barriers=warpgroups),
         "k_full": full,
         "k_free": free,

@@ -3,12 +3,14 @@
 A program owns 128 consecutive tokens of one query head, 64 a warpgroup, so that every array keeps
 the layout of the API and a tile of a head is one strided copy. The warpgroups take the running
 softmax over the tiles of keys, o = sum p v / sum p with p = exp2(c s - m); the p v of a tile is
-summed during the softmax of the next one. Queries are in registers: the tensor cores read less from
-shared memory, which nearly bounds them, and those of the next item are copied in the meantime.
+summed during the softmax of the next one. Queries are in registers, but wide ones: the tensor cores
+read less from shared memory, which nearly bounds them, and those of the next item are copied in the
+meantime.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
+import math
 from typing import Any
 
 import jax
@@ -19,11 +21,13 @@ from jax import lax
 
 from pallas_kernels.mosaic import key_walk, overlap, tiles
 from pallas_kernels.mosaic.key_range import Documents, KeyRange
-from pallas_kernels.mosaic.key_walk import Items, KeyWalk, Ring
+from pallas_kernels.mosaic.key_walk import NARROW, Items, KeyWalk, Ring
 
 
 def key_tile(head_dim: int, value_dim: int) -> int:
-    """Returns how many keys make a tile: 128, or 64 where the ring would not fit in memory."""
+    """Returns how many keys make a tile: 128, or fewer where they would not fit in memory."""
+    if head_dim > NARROW:
+        return 32
     return 128 if head_dim + value_dim <= 288 else 64
 
 
@@ -64,6 +68,7 @@ def flash_forward(
     items = Items(batch, num_heads, length // (warpgroups * tiles.ROWS))
     dtype, exponent = query.dtype, scale * tiles.LOG2E
     shared, packed = value is None, documents is not None
+    keeps_query = head_dim <= NARROW  # in registers, beside the output
     slots = 3 if shared else 2  # a tile that is key and value is held for two steps
 
     def body(
@@ -110,8 +115,10 @@ def flash_forward(
                 number = count - begin  # of a tile in the ring, less that in the row
                 plgpu.barrier_wait(token_bar.at[warpgroup])
                 mask = keys.mask(warpgroup, start_s.at[warpgroup] if packed else None)
-                query_tile = plgpu.load(q_w, layout=tiles.LAYOUT)
-                plgpu.barrier_arrive(read_bar.at[warpgroup])
+                query_tile = q_w
+                if keeps_query:
+                    query_tile = plgpu.load(q_w, layout=tiles.LAYOUT)
+                    plgpu.barrier_arrive(read_bar.at[warpgroup])
 
                 def wait_value(i):
                     if shared:
@@ -152,6 +159,8 @@ def flash_forward(
                 full_begin, full_end = (jnp.maximum(x, begin + 1) for x in (full_begin, full_end))
                 bounds = begin + 1, full_begin, full_end, end
                 output, weights, maximum, total = key_walk.walk(bounds, step, carry)
+                if not keeps_query:
+                    plgpu.barrier_arrive(read_bar.at[warpgroup])
                 v_w = wait_value(end - 1)
                 output = tiles.add_matmul(output, weights, v_w, interpret=interpret)
                 value_ring.release(number + end - 1)
@@ -169,10 +178,12 @@ def flash_forward(
             plgpu.wait_smem_to_gmem(0)
 
     tokens = (warpgroups, tiles.ROWS)
+    # Keys are rows of one product, so they need a swizzle no wider than a tile of them.
+    like_key = tiles.transforms(math.gcd(head_dim, width), dtype)
     full, free = (plgpu.Barrier(num_barriers=slots, num_arrivals=n) for n in (1, warpgroups))
     scratch: dict[str, Any] = {
-        "q_s": tiles.tiled((*tokens, head_dim), dtype),
-        "k_s": tiles.tiled((slots, width, head_dim), dtype),
+        "q_s": plgpu.SMEM((*tokens, head_dim), dtype, transforms=like_key),
+        "k_s": plgpu.SMEM((slots, width, head_dim), dtype, transforms=like_key),
         "v_s": None if shared else tiles.tiled((slots, width, value_dim), dtype),
         "o_s": tiles.tiled((*tokens, value_dim), dtype),
         "lse_s": plgpu.SMEM(tokens, jnp.float32),

@@ -20,6 +20,7 @@ from pallas_kernels.mosaic import tiles
 from pallas_kernels.mosaic.key_range import NO_WINDOW, Documents, KeyRange
 
 SLOTS = 2  # of the ring
+NARROW = 192  # numbers of a key; of wider ones tiles are half as many, and queries in memory only
 MULTIPROCESSORS = 132  # of an H100 or H200; where there are fewer, some programs start late
 COMPUTE_REGISTERS, FETCH_REGISTERS = 240, 24  # a thread; together at most 3 * 168 for three
 TILE_REGISTERS = 208  # of those that compute, for tiles; with more in them the compiler spills

@@ -15,11 +15,12 @@ from tests.pallas_kernels import flash_checks
 # name: query heads, key heads, key and value head dims (0: the value is in the key), block, stride
 SHAPES = {
     "asa": (16, 2, 160, 0, 16, 16),
+    "asa_1b": (16, 2, 320, 0, 16, 16),
     "nsa_64": (16, 4, 64, 64, 32, 16),
     "nsa_128": (64, 4, 128, 128, 32, 16),
     "one_group": (16, 1, 128, 128, 32, 16),
 }
-VALUE_DIM = 128  # of a value in the key
+VALUE_DIMS = {"asa": 128, "asa_1b": 256}  # of values in the key
 
 
 def shapes_of(name: str, batch: int, length: int) -> tuple[flash_checks.Shapes, int, int, int]:
@@ -29,7 +30,7 @@ def shapes_of(name: str, batch: int, length: int) -> tuple[flash_checks.Shapes, 
     key = (batch, num_blocks, num_kv_heads, head_dim)
     value = (batch, num_blocks, num_kv_heads, value_dim) if value_dim else None
     shapes = ((batch, length, num_heads, head_dim), key, value)
-    return shapes, value_dim or VALUE_DIM, block_size, stride
+    return shapes, value_dim or VALUE_DIMS[name], block_size, stride
 
 
 def kernel(
@@ -55,7 +56,15 @@ def definition(value_dim: int, block_size: int, stride: int) -> flash_checks.Att
 
 @pytest.mark.parametrize(
     ("name", "packed"),
-    [("asa", False), ("asa", True), ("nsa_64", True), ("nsa_128", False), ("one_group", True)],
+    [
+        ("asa", False),
+        ("asa", True),
+        ("asa_1b", False),
+        ("asa_1b", True),
+        ("nsa_64", True),
+        ("nsa_128", False),
+        ("one_group", True),
+    ],
 )
 def test_lowers_with_gradients(name: str, packed: bool) -> None:
     shapes, *sizes = shapes_of(name, 2, 2000)
@@ -76,14 +85,16 @@ def test_no_block_gives_zero() -> None:
     shapes, *sizes = shapes_of("asa", 1, 10)
     query, key = (jnp.ones(shape, jnp.bfloat16) for shape in shapes[:2] if shape)
     output, lse = kernel(*sizes)(query, key, None)
-    chex.assert_trees_all_equal(output, jnp.zeros((1, 10, 16, VALUE_DIM), jnp.bfloat16))
+    chex.assert_trees_all_equal(output, jnp.zeros((1, 10, 16, VALUE_DIMS["asa"]), jnp.bfloat16))
     chex.assert_trees_all_equal(lse, jnp.full((1, 10, 16), -jnp.inf))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shares_value", [False, True])
-def test_interpreted_matches_the_definition(shares_value: bool) -> None:
-    head_dim, value_dim, block_size = (160, 128, 16) if shares_value else (64, 64, 32)
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "block_size"), [(64, 64, 32), (160, 128, 16), (320, 256, 16)]
+)
+def test_interpreted_matches_the_definition(head_dim: int, value_dim: int, block_size: int) -> None:
+    shares_value = head_dim > value_dim
     key = (1, number_of_blocks(128, block_size, 16), 1)
     value = None if shares_value else (*key, value_dim)
     shapes = ((1, 128, 2, head_dim), (*key, head_dim), value)
