@@ -2,7 +2,7 @@
 
 With p = exp2(c s - lse) and delta = do . o - dlse: ds = scale p (do . v - delta), dq = ds k. A
 program owns the tokens that it owns in the forward pass and walks their keys in the same way, with
-queries (but wide ones), and do where there is room, in registers: scores from two operands in shared
+queries, but wide ones, and do where there is room, in registers: scores from two operands in shared
 memory keep it as busy as the tensor cores.
 """
 
