@@ -23,8 +23,9 @@ SHAPES = {
     "one_key_head_192": (8, 1, 192, 128, 700),
     "multi_head_192": (4, 4, 192, 128, 1),
     "latent": (16, 2, 160, 0, 512),
+    "wide_latent": (16, 2, 320, 0, 512),
 }
-VALUE_DIM = 128  # of a value in the key
+VALUE_DIMS = {"latent": 128, "wide_latent": 256}  # of values in the key
 
 
 def shapes_of(name: str, batch: int, length: int) -> tuple[flash_checks.Shapes, int, int]:
@@ -32,7 +33,7 @@ def shapes_of(name: str, batch: int, length: int) -> tuple[flash_checks.Shapes, 
     num_heads, num_kv_heads, head_dim, value_dim, window = SHAPES[name]
     value = (batch, length, num_kv_heads, value_dim) if value_dim else None
     query, key = ((batch, length, heads, head_dim) for heads in (num_heads, num_kv_heads))
-    return (query, key, value), value_dim or VALUE_DIM, window
+    return (query, key, value), value_dim or VALUE_DIMS[name], window
 
 
 def kernel(window: int, value_dim: int, interpret: Any = None) -> flash_checks.Attend:
@@ -61,6 +62,7 @@ def definition(window: int, value_dim: int) -> flash_checks.Attend:
         ("one_key_head_192", True),
         ("multi_head_192", False),
         ("latent", True),
+        ("wide_latent", True),
     ],
 )
 def test_lowers_with_gradients(name: str, packed: bool) -> None:
