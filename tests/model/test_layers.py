@@ -1,14 +1,17 @@
-"""Rotary embedding and normalisation."""
+"""Rotary embedding, normalisation and token embedding."""
 
 import chex
 import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from hypothesis import strategies as st
 
-from asa_jax.model.layers import RMSNorm
+from asa_jax.model.layers import RMSNorm, TokenEmbedding
 from asa_jax.model.rope import rotate
 from tests.model import naive_attention
+from tests.models import tiny_model_config
 
 positions = st.integers(0, 2**16)
 
@@ -57,3 +60,20 @@ def test_bfloat16_is_normalised_in_float32():
     x = jnp.asarray(_heads(0), "bfloat16")
     norm = RMSNorm(8, 1e-6)
     chex.assert_trees_all_equal(norm(x), norm(x.astype("float32")).astype("bfloat16"))
+
+
+def test_gradient_of_a_frequent_token_is_summed_in_full():
+    """4,096 ones, of which a sum in bfloat16 would keep 256."""
+    cfg = tiny_model_config(("full",), compute_dtype="bfloat16")
+    graphdef, state = nnx.split(TokenEmbedding(cfg, rngs=nnx.Rngs(0)))
+    tokens = jnp.full((1, 4096), 3).at[0, 0].set(5)
+
+    @jax.jit
+    @jax.grad
+    def gradient(state):
+        return nnx.merge(graphdef, state)(tokens).astype(jnp.float32).sum()
+
+    table = gradient(state)["table"][...]
+    chex.assert_trees_all_close(table[3], np.full(cfg.hidden_size, 4095.0), rtol=4e-3)
+    chex.assert_trees_all_close(table[5], np.ones(cfg.hidden_size))
+    chex.assert_trees_all_close(table[4], np.zeros(cfg.hidden_size))
