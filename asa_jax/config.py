@@ -123,7 +123,7 @@ class ModelConfig:
         require(distinct, "model.nsa_branches", self.nsa_branches, "without repetition")
         _require_choice("model", "nsa_compression", self.nsa_compression, ("mean", "mlp"))
         _require_choice("model", "compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
-        _require_choice("model", "remat", self.remat, ("none", "dots", "full"))
+        _require_choice("model", "remat", self.remat, ("none", "dots", "attention", "full"))
         _require_choice(
             "model", "attention_implementation", self.attention_implementation, ("auto", "xla")
         )

@@ -43,6 +43,8 @@ def get_config() -> ConfigDict:
                 "tie_embeddings": False,
                 "compute_dtype": "bfloat16",
                 "attention_implementation": "auto",
+                # What the backward pass computes anew: none; all but products with weights and
+                # attention (dots); all but attention; full.
                 "remat": "full",
                 "scan_layers": True,
             },

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 # A rematerialisation policy that saves these names spares the gradient the forward pass.
-RESIDUAL_NAMES = ("attention_output", "attention_lse")
+RESIDUAL_NAMES = ("attention_output", "attention_lse", "attention_blocks")
 
 Residuals = tuple[jax.Array, ...]
 

@@ -16,6 +16,7 @@ from asa_jax.model.latent_attention import LatentAttention
 from asa_jax.model.layers import RMSNorm, SwiGLU, TokenEmbedding
 from asa_jax.model.native_sparse_attention import NativeSparseAttention
 from asa_jax.sharding import constrain
+from pallas_kernels.masked_attention import RESIDUAL_NAMES
 
 Attention = GroupedQueryAttention | LatentAttention | GroupLatentAttention | NativeSparseAttention
 # A function of one layer group: (group, hidden states, its cache) to (hidden states, its cache).
@@ -213,10 +214,24 @@ def shortest_period(kinds: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def rematerialised(apply: GroupFunction, policy: str) -> GroupFunction:
-    """Wraps `apply` to recompute in the backward pass: nothing, all but matmul results, or all."""
+    """Wraps `apply` so that its backward pass computes anew what it needs.
+
+    Args:
+        apply: the function of a group of layers.
+        policy: what is kept: 'none' keeps everything, 'dots' the results of products with weights
+            and of attention, 'attention' those of attention alone, 'full' only the inputs.
+    """
     if policy == "none":
         return apply
-    save = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    policies = jax.checkpoint_policies
+    attention = policies.save_only_these_names(*RESIDUAL_NAMES)
+    save = {
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, attention
+        ),
+        "attention": attention,
+        "full": None,
+    }[policy]
 
     def wrapped(group: LayerGroup, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         graphdef, params = nnx.split(group)

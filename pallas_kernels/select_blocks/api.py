@@ -1,8 +1,10 @@
 """Entry point of select_blocks."""
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import arguments, blocks, dispatch
+from pallas_kernels.masked_attention import RESIDUAL_NAMES
 from pallas_kernels.select_blocks import mosaic_gpu, reference
 
 
@@ -83,9 +85,10 @@ def select_blocks(
         segment_ids,
         scale,
     )
-    return dispatch.run(
+    lists = dispatch.run(
         "select_blocks",
         implementation,
         mosaic_gpu=dispatch.of_whole_rows(lambda: mosaic_gpu.select_blocks(*call), query_offset),
         xla=lambda: reference.select_blocks(*call, query_offset),
     )
+    return checkpoint_name(lists, RESIDUAL_NAMES[2])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import chex
 import jax
@@ -16,6 +17,7 @@ from asa_jax.model.transformer import (
     init_params,
     shortest_period,
 )
+from pallas_kernels import dispatch
 from tests.model.layer_cases import one_document
 from tests.models import random_params, tiny_model_config
 
@@ -69,7 +71,7 @@ def _stack(params):
 
 
 class ScanAndRematTest(parameterized.TestCase):
-    @parameterized.parameters("none", "dots", "full")
+    @parameterized.parameters("none", "dots", "attention", "full")
     def test_scanned_and_rematerialised_layers_give_the_same_loss_and_gradients(self, remat):
         loss, gradients = _loss_and_gradients(_config())
         cfg = _config(scan_layers=True, remat=remat)
@@ -79,7 +81,7 @@ class ScanAndRematTest(parameterized.TestCase):
     def test_rematerialisation_keeps_less(self):
         """What the backward pass holds: everything, matmul results, layer inputs."""
         held = {}
-        for remat in ("none", "dots", "full"):
+        for remat in ("none", "dots", "attention", "full"):
             cfg = _config(remat=remat)
             _, residuals = jax.eval_shape(
                 lambda params, cfg=cfg: jax.vjp(lambda p: _loss(cfg, p, _batch(cfg)), params),
@@ -87,7 +89,26 @@ class ScanAndRematTest(parameterized.TestCase):
             )
             held[remat] = sum(leaf.size for leaf in jax.tree.leaves(residuals))
         self.assertLess(held["dots"], held["none"])
-        self.assertLess(held["full"], held["dots"])
+        self.assertLess(held["attention"], held["dots"])
+        self.assertLess(held["full"], held["attention"])
+
+    def test_kept_attention_is_not_computed_again(self):
+        """The kernels of a training step, all of them in one local and one global layer."""
+        sizes = {
+            "num_heads": 4, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+            "v_head_dim": 64, "group_kv_lora_rank": 64, "compression_block_size": 16,
+            "compression_stride": 16, "selection_block_size": 16, "compute_dtype": "bfloat16",
+        }  # fmt: skip
+        calls = {}
+        for remat in ("attention", "full"):
+            cfg = tiny_model_config(ASA[:2], remat=remat, scan_layers=True, **sizes)
+            gradient = jax.jit(jax.grad(functools.partial(_loss, cfg)))
+            with mock.patch.object(dispatch, "is_hopper", lambda: True):
+                traced = gradient.trace(abstract_model(cfg)[1], _batch(cfg, 128))
+                text = traced.lower(lowering_platforms=("cuda",)).as_text()
+            calls[remat] = text.count("custom_call @mosaic_gpu")
+        # Of a window, of compressed and selected blocks, and two of the choice of blocks.
+        self.assertEqual(calls["full"] - calls["attention"], 5)
 
     def test_scan_traces_a_layer_group_once(self):
         """The program of twelve scanned layers is as long as that of four."""
