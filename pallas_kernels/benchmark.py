@@ -7,18 +7,22 @@ side by side (3 GB of host memory each) and then have the GPU to themselves in t
 
 import argparse
 import dataclasses
-import datetime
 import json
 import math
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels import dispatch
 from pallas_kernels.benchmark_rows import DENSE_LAYER, PAIR, ROWS, Row
-from pallas_kernels.measurement import Measurement, measure_in_turn
+from pallas_kernels.measurement import (
+    Measurement,
+    describe_setting,
+    markdown_table,
+    measure_in_turn,
+    write_report,
+)
 
 HEADER = ("row", "T", "fwd ms", "target", "% of floor", "fwd+bwd ms", "target", "% of floor")
 
@@ -87,14 +91,7 @@ def pair_against_dense(records: list[dict[str, Any]]) -> list[str]:
 
 def markdown(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The table, what it was measured on and what failed."""
-    lines = [HEADER, ("---",) * len(HEADER), *table(records)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    text = [
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in lines
-    ]
+    text = markdown_table(HEADER, table(records))
     text += [
         "",
         *pair_against_dense(records),
@@ -167,24 +164,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     rows = [row for row in ROWS if row.op in options.ops]
     records = measure(rows, options.lengths, options.timeout_seconds)
-    devices = [record for record in records if "device" in record]
-    about = {
-        **({key: devices[0][key] for key in ("device", "jax")} if devices else {}),
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(
-            ["python", "-m", "pallas_kernels.benchmark", *(arguments or sys.argv[1:])]
-        ),
-        "setting": "batch 1, bfloat16; median device time, warm",
-    }
+    about = describe_setting(records, "pallas_kernels.benchmark", arguments)
+    about["setting"] = "batch 1, bfloat16; median device time, warm"
     records = [record for record in records if "device" not in record]
     text = markdown(records, about)
     print(text, end="")
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "kernels.md").write_text(text)
-        (options.output / "kernels.json").write_text(
-            json.dumps({"about": about, "records": records}, indent=1) + "\n"
-        )
+        write_report(options.output / "kernels", text, about, records)
         plot(records, about, options.output / "kernels.png")
     return int(any("error" in record for record in records))
 

@@ -1,17 +1,21 @@
 """Processes that compile side by side and then have the device to themselves, one after another.
 
 A process prints a line once it has compiled, waits for a line on its input, and then prints what it
-measures, all as JSON. One that crashes or hangs costs its own lines alone.
+measures, all as JSON. One that crashes or hangs costs its own lines alone. The same for what is
+made of the lines: a table and files.
 """
 
+import datetime
 import json
 import os
 import select
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -65,3 +69,37 @@ def measure_in_turn(
         measurement.wait_until_compiled(deadline)
     for measurement in measurements:
         yield measurement.results(timeout_seconds)
+
+
+def describe_setting(
+    records: Sequence[dict[str, Any]], module: str, arguments: Sequence[str] | None
+) -> dict[str, str]:
+    """What was measured on, when, and by which command: of the records with a device the first."""
+    first = next((record for record in records if "device" in record), {})
+    return {
+        **{name: first[name] for name in ("device", "jax") if name in first},
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", "-m", module, *(arguments or sys.argv[1:])]),
+    }
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose columns are aligned."""
+    lines = [header, ("---",) * len(header), *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return [
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    ]
+
+
+def write_report(
+    path: Path, text: str, about: dict[str, str], records: Sequence[dict[str, Any]]
+) -> None:
+    """Writes `path` with .md, the table, and with .json, all records; makes its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text(text)
+    contents = json.dumps({"about": about, "records": records}, indent=1)
+    path.with_suffix(".json").write_text(contents + "\n")

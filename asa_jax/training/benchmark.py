@@ -7,14 +7,18 @@ that fails costs its own line alone.
 
 import argparse
 import dataclasses
-import datetime
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.measurement import Measurement, measure_in_turn
+from pallas_kernels.measurement import (
+    Measurement,
+    describe_setting,
+    markdown_table,
+    measure_in_turn,
+    write_report,
+)
 
 HEADER = (
     "row", "tokens/s", "target", "MFU %", "step s", "input wait s", "peak GiB", "compile s",
@@ -101,14 +105,7 @@ def ratios(records: list[dict[str, Any]]) -> list[str]:
 
 def markdown(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The table, its ratios, what it was measured on and what failed."""
-    lines = [HEADER, ("---",) * len(HEADER), *map(cells, records)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    text = [
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in lines
-    ]
+    text = markdown_table(HEADER, [cells(record) for record in records])
     text += ["", *ratios(records), "", *(f"- {name}: {value}" for name, value in about.items())]
     text += [f"- failed: {r['name']}: {r['error']}" for r in records if "error" in r]
     return "\n".join(text) + "\n"
@@ -157,22 +154,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     rows = [row for row in ROWS if row.name in options.rows]
     records = measure(rows, options.sources, options.timeout_seconds)
-    compiled = [record for record in records if "device" in record]
-    about = {
-        **({key: compiled[0][key] for key in ("device", "jax")} if compiled else {}),
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(
-            ["python", "-m", "asa_jax.training.benchmark", *(arguments or sys.argv[1:])]
-        ),
-    }
+    about = describe_setting(records, "asa_jax.training.benchmark", arguments)
     text = markdown(records, about)
     print(text, end="")
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "training.md").write_text(text)
-        (options.output / "training.json").write_text(
-            json.dumps({"about": about, "records": records}, indent=1) + "\n"
-        )
+        write_report(options.output / "training", text, about, records)
         plot(records, about, options.output / "training.png")
     return int(any("error" in record for record in records))
 

@@ -52,7 +52,7 @@ class OracleTest(parameterized.TestCase):
             outputs = run(case, x)
         assert outputs.dtype == np.float64
         expected = np.stack([oracle(case.params, row, case.cfg) for row in x])
-        chex.assert_trees_all_close(outputs, expected, atol=2e-5)
+        chex.assert_trees_all_close(outputs, expected, atol=1e-5)
 
 
 class EquivalenceTest(parameterized.TestCase):
