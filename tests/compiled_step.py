@@ -8,14 +8,10 @@ import json
 import sys
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from asa_jax.collectives import collectives
 from asa_jax.config import Config, config_from_dict
 from asa_jax.sharding import MESH_AXES, make_mesh
-from asa_jax.training.step import make_trainer
+from asa_jax.training.compile_time import lower_step
 from configs import asa_340m
 
 
@@ -32,12 +28,7 @@ def main(meshes: list[list[int]], fields: dict[str, Any]) -> None:
     for sizes in meshes:
         config = config_340m(sizes, fields)
         mesh = make_mesh(config.mesh)
-        shape = (config.data.batch_size, config.data.sequence_length)
-        names = ("inputs", "targets", "positions", "segment_ids")
-        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-        with jax.set_mesh(mesh):
-            trainer = make_trainer(config, mesh, np.ones(config.model.vocab_size, np.int32))
-            compiled = trainer.step.lower(trainer.state, batch).compile()  # type: ignore[attr-defined]
+        compiled = lower_step(config, mesh).compile()
         result[str(sizes)] = [
             each._asdict() for each in collectives(compiled.as_text(), mesh.shape)
         ]

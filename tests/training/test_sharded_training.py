@@ -1,9 +1,5 @@
 """Eight simulated devices give what one gives, and checkpoints move between meshes."""
 
-import json
-import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -12,9 +8,9 @@ import pytest
 
 from asa_jax.config import MeshConfig, config_to_dict
 from asa_jax.errors import ConfigError
-from asa_jax.flags import PROJECT
 from asa_jax.sharding import make_mesh
 from asa_jax.training.step import make_trainer
+from tests.simulated_devices import run_on_eight_devices
 
 # The first, which saves the checkpoint, spreads parameters over every axis; the last has half of
 # the devices.
@@ -52,22 +48,7 @@ def test_every_mesh_gives_the_losses_of_one_device(
     request = {
         "config": config_to_dict(config), "meshes": meshes, "workdir": str(tmp_path)
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("sharded_run.py")],
-        input=json.dumps(request),
-        env=os.environ
-        | {
-            # Compiling takes most of the time here.
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(PROJECT),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout)
+    result = run_on_eight_devices(Path(__file__).with_name("sharded_run.py"), request)
     for sizes, losses in zip(meshes, result["losses"], strict=True):
         np.testing.assert_allclose(losses, result["losses"][1], rtol=1e-4, err_msg=str(sizes))
     assert result["losses"][1][0] != result["losses"][1][2]
