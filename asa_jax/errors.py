@@ -27,3 +27,9 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is damaged, missing or made for something else."""
+
+
+class ImportedModelError(UserError):
+    """A model folder of another program that cannot be imported: found before any array exists."""
+
+    exit_code = 2
