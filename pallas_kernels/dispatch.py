@@ -40,6 +40,16 @@ def run[Result](
         raise ValueError(
             f"implementation: expected 'mosaic_gpu', 'xla' or None, got {implementation!r}"
         )
+    with jax.named_scope(op):
+        return _run(op, implementation, mosaic_gpu, xla)
+
+
+def _run[Result](
+    op: str,
+    implementation: Implementation | None,
+    mosaic_gpu: Callable[[], Result],
+    xla: Callable[[], Result],
+) -> Result:
     if implementation == "xla" or (implementation is None and not is_hopper()):
         return xla()
     if not is_hopper():

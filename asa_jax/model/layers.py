@@ -42,6 +42,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
         self.epsilon = epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis with float32 statistics; shape and dtype as x."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -58,6 +59,7 @@ class SwiGLU(nnx.Module):
         self.up = Projection(into, ("embed", "mlp"), std, rngs=rngs)
         self.down = Projection(into[::-1], ("mlp", "embed"), residual_stddev(cfg), rngs=rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D]."""
         hidden = jax.nn.silu(self.gate("...D,DF->...F", x)) * self.up("...D,DF->...F", x)
@@ -75,6 +77,7 @@ class TokenEmbedding(nnx.Module):
         )
         self.dtype = jnp.dtype(cfg.compute_dtype)
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Looks up [..., D] vectors of tokens [...], which must lie in [0, V)."""
         place = ("batch", "sequence")[: tokens.ndim]

@@ -52,7 +52,9 @@ class Layer(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]."""
-        x = x + self.attention(self.attention_norm(x), positions, segment_ids)
+        normed = self.attention_norm(x)
+        with jax.named_scope("attention"):  # read by training/breakdown.py, as are the others
+            x = x + self.attention(normed, positions, segment_ids)
         x = x + self.mlp(self.mlp_norm(x))
         return constrain(x, "batch", "sequence", "activation")
 

@@ -20,6 +20,7 @@ UNEMBEDDING = ("embed", "vocab")
 TOKENS = ("batch", "sequence")
 
 
+@jax.named_scope("loss")
 def token_nll(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunk_tokens: int
 ) -> jax.Array:

@@ -165,8 +165,9 @@ def make_step(
         updates_done = state.step - state.skipped_steps
         sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         sound &= ~_is_spike(grad_norm, state.grad_norm_average, updates_done, spike_factor)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         weight = 1 / jnp.minimum(updates_done + 1, SPIKE_AVERAGE_STEPS)
         average = state.grad_norm_average + weight * (grad_norm - state.grad_norm_average)
         params, opt_state, average = jax.tree.map(

@@ -122,13 +122,6 @@ def test_an_impossible_mesh_is_one_line(train, tmp_path):
     assert line.startswith("error: config.mesh: data=-1 x fsdp=1 x tensor=3 x context=1 needs")
 
 
-@pytest.fixture
-def fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.usefixtures("fast_compilation")
 def test_a_step_with_shuffled_labels_is_skipped(make_config, token_folder):
     """By the policy where its factor is 2; the numbers are in the metrics whatever it is."""
