@@ -16,6 +16,7 @@ stopped it, after saving.
 """
 
 from asa_jax.flags import exit_on_error, run_command
+from asa_jax.training.goodput import STARTED
 from asa_jax.training.run_directory import Run, start_run
 
 if __name__ == "__main__":
@@ -97,7 +98,7 @@ def train(
         return True
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     with (
-        RunLog(run.workdir, run.config, num_params, start) as log,
+        RunLog(run.workdir, run.config, num_params, start, STARTED) as log,
         CheckpointWriter(run.workdir, config.keep_checkpoints) as checkpoints,
         ProfileWindow(run.workdir, config) as profile,
     ):
@@ -121,6 +122,7 @@ def train(
                 log.restart_clock()
             if stopping and step < config.steps:
                 log.print(f"stopped after step {step}; the same command goes on from there")
+                log.report_goodput()
                 return False
             if last or (config.eval_every_steps and step % config.eval_every_steps == 0):
                 log.flush()
@@ -128,6 +130,7 @@ def train(
                 log.restart_clock()
         if run.launch.alone:  # tokens are drawn in one process
             log.print(f"a sample:\n{sample(run, state.params, trainer.mesh)}\n")
+        log.report_goodput()
     return True
 
 

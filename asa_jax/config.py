@@ -242,6 +242,8 @@ class TrainingConfig:
     spike_factor: float
     max_skipped_steps: int
     loss_chunk_tokens: int
+    # of Weights & Biases; '': none
+    wandb_project: str
     profile_start_step: int
     profile_steps: int
 

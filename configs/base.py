@@ -86,6 +86,8 @@ def get_config() -> ConfigDict:
                 "spike_factor": 10.0,
                 "max_skipped_steps": 10,
                 "loss_chunk_tokens": 2048,
+                # Metrics also go to this project of Weights & Biases; '': they do not.
+                "wandb_project": "",
                 # 0 steps: no profile is taken.
                 "profile_start_step": 10,
                 "profile_steps": 0,

@@ -28,6 +28,8 @@ from asa_jax.errors import UserError
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 PLOT = "loss.png"
+# What the plot shows: style and label by name.
+_CURVES = {"loss": ("-", "training"), "validation_loss": ("o-", "validation")}
 
 
 class MetricsWriter:
@@ -41,7 +43,10 @@ class MetricsWriter:
             start_step: the step that was restored, 0 for a new run.
         """
         self._workdir = workdir
-        _drop_after(workdir / METRICS, start_step)
+        # What the plot shows, so that it need not be read again for every one.
+        self._curves: dict[str, list[tuple[int, float]]] = {name: [] for name in _CURVES}
+        for line in _drop_after(workdir / METRICS, start_step):
+            self._remember(line["step"], line)
         self._lines = (workdir / METRICS).open("a")
         self._board = _EventFile(workdir / TENSORBOARD, start_step + 1)
 
@@ -70,16 +75,35 @@ class MetricsWriter:
             UserError: the disk is full.
         """
         known = {name: _finite(value) for name, value in values.items()}
+        self._remember(step, known)
         try:
-            self._lines.write(json.dumps({"step": step, **known}) + "\n")
+            self._lines.write(json.dumps({"step": step, "time": time.time(), **known}) + "\n")
             self._lines.flush()
             self._board.write(step, known)
         except OSError as error:
             raise UserError(f"{self._workdir}: metrics: {error.strerror}") from error
 
     def plot(self) -> None:
-        """Draws training and validation loss of the whole run."""
-        plot_losses(self._workdir)
+        """Draws training and validation loss of the whole run against the step to loss.png."""
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        for name, (style, label) in _CURVES.items():
+            if points := self._curves[name]:
+                axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
+        name = self._workdir.resolve().name
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=name)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+        temporary = self._workdir / f".{PLOT}"
+        figure.savefig(temporary, dpi=120, format="png")
+        temporary.replace(self._workdir / PLOT)
+        plt.close(figure)
+
+    def _remember(self, step: int, values: Mapping[str, float | None]) -> None:
+        for name, points in self._curves.items():
+            value = values.get(name)
+            if value is not None:
+                points.append((step, value))
 
 
 class _EventFile:
@@ -123,31 +147,13 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def plot_losses(workdir: Path) -> None:
-    """Draws loss against step from metrics.jsonl to loss.png."""
-    lines = read_metrics(workdir)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, style, label in (
-        ("loss", "-", "training"), ("validation_loss", "o-", "validation")
-    ):  # fmt: skip
-        points = [(x["step"], x[name]) for x in lines if x.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=4)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=workdir.resolve().name)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    temporary = workdir / f".{PLOT}"
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(workdir / PLOT)
-    plt.close(figure)
-
-
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Leaves out the lines of later steps; returns those that stay."""
     kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
     temporary = path.with_name(f".{path.name}")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     temporary.replace(path)
+    return kept
 
 
 def _finite(value: float | None) -> float | None:

@@ -4,7 +4,8 @@
     data.json        the fingerprint of its data
     train.lock       held by the trainer at work
     checkpoints/     one folder a step
-    metrics.jsonl    one line a step; also tensorboard/ and loss.png
+    metrics.jsonl    one line a step; also tensorboard/ and loss.png (docs/metrics.md)
+    wandb_run_id     of Weights & Biases, where it is asked for; also wandb/
     tokenizer.json, tokenizer_config.json
                      copy of the tokenizer of the sources, unless it is 'bytes', and which of its
                      tokens ends a document
@@ -32,6 +33,7 @@ from asa_jax.errors import CheckpointError, ConfigError
 from asa_jax.flags import parse_run_flags
 from asa_jax.launch import Launch, define_launch_flags, read_launch
 from asa_jax.trained_run import END_OF_DOCUMENT, TOKENIZER_CONFIG
+from asa_jax.training.wandb_log import check_wandb
 
 CONFIG = "config.json"
 DATA = "data.json"
@@ -46,7 +48,7 @@ CHANGEABLE_FIELDS = (
     "data.sources", "model.remat", "model.attention_implementation", "training.steps",
     "training.log_every_steps", "training.eval_every_steps", "training.eval_batches",
     "training.checkpoint_every_steps", "training.keep_checkpoints",
-    "training.max_skipped_steps", "training.loss_chunk_tokens",
+    "training.max_skipped_steps", "training.loss_chunk_tokens", "training.wandb_project",
     "training.profile_start_step", "training.profile_steps",
 )  # fmt: skip
 
@@ -83,6 +85,8 @@ def start_run() -> Run:
     define_launch_flags()
     config, workdir = parse_run_flags()
     launch = read_launch()
+    if launch.process_id == 0:
+        check_wandb(config.training.wandb_project)
     sources = open_sources(config)
     data = run_fingerprint(config, sources)
     lock = None

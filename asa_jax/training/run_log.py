@@ -4,6 +4,7 @@ The metrics of a step are fetched when the next one has been dispatched, so that
 waits for the host, and the host is never more than one step ahead.
 """
 
+import datetime
 import math
 import time
 from collections.abc import Mapping
@@ -17,14 +18,18 @@ import jax
 from asa_jax.config import Config
 from asa_jax.errors import UserError
 from asa_jax.training.flops import flops_per_token, peak_flops
-from asa_jax.training.metrics import MetricsWriter
+from asa_jax.training.goodput import Goodput
+from asa_jax.training.metrics import MetricsWriter, read_metrics
 from asa_jax.training.progress import ProgressDisplay
+from asa_jax.training.wandb_log import WandbWriter
 
 
 class RunLog:
     """Completes steps: waits for their metrics, derives rates, writes and shows them."""
 
-    def __init__(self, workdir: Path, config: Config, num_params: int, start_step: int) -> None:
+    def __init__(
+        self, workdir: Path, config: Config, num_params: int, start_step: int, started: float
+    ) -> None:
         """Opens the files; only the first process writes and shows.
 
         Args:
@@ -32,6 +37,10 @@ class RunLog:
             config: the run.
             num_params: parameters of the model, for the utilisation.
             start_step: steps done before.
+            started: time.monotonic() when this process began.
+
+        Raises:
+            UserError: Weights & Biases is asked for and refuses.
         """
         self._config = config.training
         self._flops = flops_per_token(config.model, num_params, config.data.sequence_length)
@@ -40,15 +49,20 @@ class RunLog:
         self._completed, self._seconds_per_step = 0, 0.0
         self._files = ExitStack()
         first = jax.process_index() == 0
+        self._goodput = Goodput(read_metrics(workdir) if first else [], start_step, started)
         self._writer = MetricsWriter(workdir, start_step) if first else None
+        self._wandb = (
+            WandbWriter(workdir, config) if first and config.training.wandb_project else None
+        )
         self._display = ProgressDisplay(
             start_step, self._config.steps, self._config.log_every_steps, quiet=not first
         )
         self.restart_clock()
 
     def __enter__(self) -> Self:
-        if self._writer:
-            self._files.enter_context(self._writer)
+        for writer in (self._writer, self._wandb):
+            if writer:
+                self._files.enter_context(writer)
         self._files.enter_context(self._display)
         return self
 
@@ -98,9 +112,18 @@ class RunLog:
         """
         text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
         self.print(f"step {step}  {text}")
+        self._write(step, values)
         if self._writer:
-            self._writer.write(step, values)
             self._writer.plot()
+
+    def report_goodput(self) -> None:
+        """Prints what share of the time went into training steps."""
+        values = self._goodput.values()
+        run = datetime.timedelta(seconds=round(values["run_seconds"]))
+        self.print(
+            f"goodput: {values['goodput']:.1%} of the time since this process started, "
+            f"{values['run_goodput']:.1%} of the {run} since the run did went into training steps"
+        )
 
     def print(self, line: str) -> None:
         """Prints a line, above the live display where there is one."""
@@ -111,11 +134,17 @@ class RunLog:
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         values |= self._derived(values, seconds) | {"data_wait_seconds": wait}
-        if self._writer:
-            self._writer.write(step, values)
+        self._goodput.add(seconds, updated=not values["skipped_in_a_row"])
+        values |= self._goodput.values()
+        self._write(step, values)
         self._display.update(step, values, self._seconds_left(step, seconds))
         if values["skipped_in_a_row"]:
             self._report_skipped(step, values)
+
+    def _write(self, step: int, values: Mapping[str, float | None]) -> None:
+        for writer in (self._writer, self._wandb):
+            if writer:
+                writer.write(step, values)
 
     def _report_skipped(self, step: int, values: Mapping[str, float]) -> None:
         norm, average = values["grad_norm"], values["grad_norm_average"]
