@@ -11,6 +11,14 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from asa_jax.config_checks import (
+    require,
+    require_choice,
+    require_multiple,
+    require_positive,
+    require_range,
+)
+from asa_jax.config_parts import ExpertsConfig, RopeScalingConfig
 from asa_jax.errors import ConfigError
 
 LAYER_KINDS = ("full", "mla", "sliding", "local", "global", "nsa")
@@ -25,35 +33,6 @@ EVALUATION_TASKS = (
 MAX_EVALUATION_TOKENS = 2**20
 
 
-def require(condition: bool, field: str, value: object, requirement: str) -> None:
-    """Raises a ConfigError that names `field` and its value unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"config.{field} = {value!r}: must be {requirement}")
-
-
-def _require_choice(section: str, name: str, value: object, choices: tuple[str, ...]) -> None:
-    require(value in choices, f"{section}.{name}", value, f"one of {', '.join(choices)}")
-
-
-def _require_range(section: str, obj: Any, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(obj, name)
-        require(value >= minimum, f"{section}.{name}", value, f"at least {minimum}")
-
-
-def _require_positive(section: str, obj: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(obj, name)
-        require(value > 0, f"{section}.{name}", value, "positive")
-
-
-def _require_multiple(section: str, obj: Any, name: str, divisor: str) -> None:
-    value, by = getattr(obj, name), getattr(obj, divisor)
-    require(
-        value % by == 0, f"{section}.{name}", value, f"a multiple of {section}.{divisor} = {by}"
-    )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Architecture; head sizes, windows and blocks in tokens or features."""
@@ -66,6 +45,10 @@ class ModelConfig:
     # full, sliding, nsa
     num_kv_heads: int
     head_dim: int
+    # full, sliding: queries and keys of each head pass through an RMSNorm before RoPE
+    qk_norm: bool
+    # full, sliding, mla, local: projections from and to the residual stream add a bias
+    attention_bias: bool
     # sliding, local, nsa
     window_size: int
     # mla, local, global; q_lora_rank 0 means a full-rank query projection
@@ -74,6 +57,8 @@ class ModelConfig:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    # mla, local, global: of the norms of latents
+    latent_norm_epsilon: float
     # global: each latent of group_kv_lora_rank features serves num_heads / num_latent_groups heads
     num_latent_groups: int
     group_kv_lora_rank: int
@@ -88,7 +73,10 @@ class ModelConfig:
     nsa_share_kv: bool
     nsa_compression: str
     # all kinds
+    mlp_bias: bool
+    experts: ExpertsConfig
     rope_theta: float
+    rope_scaling: RopeScalingConfig
     norm_epsilon: float
     init_stddev: float
     tie_embeddings: bool
@@ -99,36 +87,36 @@ class ModelConfig:
     scan_layers: bool
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "model", self, "vocab_size", "hidden_size", "mlp_size", "num_heads", "num_kv_heads",
             "head_dim", "window_size", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
             "v_head_dim", "num_latent_groups", "group_kv_lora_rank", "compression_block_size",
             "compression_stride", "selection_block_size", "queries_per_selection", "rope_theta",
-            "norm_epsilon", "init_stddev",
+            "norm_epsilon", "latent_norm_epsilon", "init_stddev",
         )  # fmt: skip
-        _require_range("model", self, 0, "q_lora_rank")
+        require_range("model", self, 0, "q_lora_rank")
         # The first, the previous and the own block are always selected.
-        _require_range("model", self, 3, "num_selected_blocks")
+        require_range("model", self, 3, "num_selected_blocks")
         require(bool(self.layer_kinds), "model.layer_kinds", self.layer_kinds, "at least one layer")
         for kind in self.layer_kinds:
-            _require_choice("model", "layer_kinds", kind, LAYER_KINDS)
+            require_choice("model", "layer_kinds", kind, LAYER_KINDS)
         require(bool(self.nsa_branches), "model.nsa_branches", self.nsa_branches, "not empty")
         for branch in self.nsa_branches:
-            _require_choice("model", "nsa_branches", branch, NSA_BRANCHES)
+            require_choice("model", "nsa_branches", branch, NSA_BRANCHES)
         require(
             "selection" not in self.nsa_branches or "compression" in self.nsa_branches,
             "model.nsa_branches", self.nsa_branches, "with compression, whose scores select blocks",
         )  # fmt: skip
         distinct = len(set(self.nsa_branches)) == len(self.nsa_branches)
         require(distinct, "model.nsa_branches", self.nsa_branches, "without repetition")
-        _require_choice("model", "nsa_compression", self.nsa_compression, ("mean", "mlp"))
-        _require_choice("model", "compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
-        _require_choice("model", "remat", self.remat, ("none", "dots", "attention", "full"))
-        _require_choice(
+        require_choice("model", "nsa_compression", self.nsa_compression, ("mean", "mlp"))
+        require_choice("model", "compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        require_choice("model", "remat", self.remat, ("none", "dots", "attention", "full"))
+        require_choice(
             "model", "attention_implementation", self.attention_implementation, ("auto", "xla")
         )
-        _require_multiple("model", self, "num_heads", "num_kv_heads")
-        _require_multiple("model", self, "num_heads", "num_latent_groups")
+        require_multiple("model", self, "num_heads", "num_kv_heads")
+        require_multiple("model", self, "num_heads", "num_latent_groups")
         for name in ("head_dim", "qk_rope_head_dim"):
             value = getattr(self, name)
             require(value % 2 == 0, f"model.{name}", value, "even (rotary embedding)")
@@ -139,11 +127,31 @@ class ModelConfig:
             f"at most qk_nope_head_dim + qk_rope_head_dim = {widest} where a layer is 'mla'",
         )  # fmt: skip
         self._check_blocks()
+        self._check_kinds("qk_norm", ("full", "sliding"))
+        self._check_kinds("attention_bias", ("full", "sliding", "mla", "local"))
+        dense, layers = self.experts.num_dense_layers, len(self.layer_kinds)
+        require(
+            dense < layers or not self.experts.num_experts, "model.experts.num_dense_layers",
+            dense, f"below the number of layers, {layers}",
+        )  # fmt: skip
+        factor = self.rope_scaling.score_factor
+        require(
+            factor == 1 or "nsa" not in self.layer_kinds, "model.rope_scaling.score_factor",
+            factor, "1 where a layer is 'nsa'",
+        )  # fmt: skip
+
+    def _check_kinds(self, name: str, kinds: tuple[str, ...]) -> None:
+        """Only layers of `kinds` read the switch `name`."""
+        others = [kind for kind in self.layer_kinds if kind not in kinds]
+        require(
+            not (getattr(self, name) and others), f"model.{name}", True,
+            f"False where a layer is {others[0]!r}" if others else "",
+        )  # fmt: skip
 
     def _check_blocks(self) -> None:
-        _require_multiple("model", self, "compression_block_size", "compression_stride")
-        _require_multiple("model", self, "selection_block_size", "compression_stride")
-        _require_multiple("model", self, "selection_block_size", "queries_per_selection")
+        require_multiple("model", self, "compression_block_size", "compression_stride")
+        require_multiple("model", self, "selection_block_size", "compression_stride")
+        require_multiple("model", self, "selection_block_size", "queries_per_selection")
         size = self.selection_block_size
         require(
             self.compression_block_size <= size, "model.compression_block_size",
@@ -160,6 +168,10 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layer_kinds)
+
+    def score_scale(self, size: int) -> float:
+        """Factor on attention scores over `size` features."""
+        return self.rope_scaling.score_factor * size**-0.5
 
     @property
     def implementation(self) -> Literal["xla"] | None:
@@ -189,8 +201,8 @@ class DataConfig:
             f"one weight for each of the {len(self.sources)} data.sources",
         )  # fmt: skip
         require(all(w > 0 for w in self.weights), "data.weights", self.weights, "positive")
-        _require_positive("data", self, "sequence_length", "batch_size")
-        _require_range("data", self, 0, "seed")
+        require_positive("data", self, "sequence_length", "batch_size")
+        require_range("data", self, 0, "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,13 +224,13 @@ class OptimizerConfig:
     accumulation_steps: int
 
     def __post_init__(self) -> None:
-        _require_choice("optimizer", "name", self.name, ("adamw", "muon"))
-        _require_choice("optimizer", "schedule", self.schedule, ("cosine", "wsd", "constant"))
-        _require_positive(
+        require_choice("optimizer", "name", self.name, ("adamw", "muon"))
+        require_choice("optimizer", "schedule", self.schedule, ("cosine", "wsd", "constant"))
+        require_positive(
             "optimizer", self, "learning_rate", "adam_learning_rate", "epsilon", "clip_norm",
             "accumulation_steps",
         )  # fmt: skip
-        _require_range("optimizer", self, 0, "warmup_steps", "weight_decay")
+        require_range("optimizer", self, 0, "warmup_steps", "weight_decay")
         for name in ("final_learning_rate_ratio", "decay_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optimizer.{name}", value, "between 0 and 1")
@@ -248,13 +260,13 @@ class TrainingConfig:
     profile_steps: int
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "training", self, "steps", "log_every_steps", "eval_batches", "max_skipped_steps",
             "loss_chunk_tokens", "checkpoint_every_steps",
         )  # fmt: skip
         # One step is always complete while another is being written or deleted.
-        _require_range("training", self, 2, "keep_checkpoints")
-        _require_range(
+        require_range("training", self, 2, "keep_checkpoints")
+        require_range(
             "training", self, 0, "seed", "eval_every_steps", "profile_start_step", "profile_steps",
         )  # fmt: skip
         require(
@@ -298,13 +310,13 @@ class EvaluationConfig:
     seed: int
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "evaluation", self, "samples", "batch_tokens", "perplexity_tokens",
             "position_bucket_tokens",
         )  # fmt: skip
-        _require_range("evaluation", self, 0, "seed")
+        require_range("evaluation", self, 0, "seed")
         for task in self.tasks:
-            _require_choice("evaluation", "tasks", task, EVALUATION_TASKS)
+            require_choice("evaluation", "tasks", task, EVALUATION_TASKS)
         require(bool(self.lengths), "evaluation.lengths", self.lengths, "at least one length")
         for length in self.lengths:
             require(

@@ -33,6 +33,7 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "block": None,
     "pair": None,
     "gates": None,
+    "experts": None,
     "layers": None,
 }
 

@@ -15,6 +15,8 @@ def get_config() -> ConfigDict:
                 # full, sliding, nsa
                 "num_kv_heads": 4,
                 "head_dim": 64,
+                "qk_norm": False,
+                "attention_bias": False,
                 # sliding, local, nsa
                 "window_size": 512,
                 # mla, local, global
@@ -23,6 +25,7 @@ def get_config() -> ConfigDict:
                 "qk_nope_head_dim": 64,
                 "qk_rope_head_dim": 32,
                 "v_head_dim": 64,
+                "latent_norm_epsilon": 1e-6,
                 # global
                 "num_latent_groups": 2,
                 "group_kv_lora_rank": 128,
@@ -37,7 +40,35 @@ def get_config() -> ConfigDict:
                 "nsa_share_kv": False,
                 "nsa_compression": "mean",
                 # all kinds
+                "mlp_bias": False,
+                # Every MLP is dense where num_experts is 0.
+                "experts": {
+                    "num_experts": 0,
+                    "num_experts_per_token": 8,
+                    "expert_size": 512,
+                    "num_shared_experts": 1,
+                    "num_dense_layers": 1,
+                    "num_groups": 1,
+                    "num_selected_groups": 1,
+                    "scoring": "sigmoid",
+                    "normalize": True,
+                    "routed_scale": 1.0,
+                },
                 "rope_theta": 10000.0,
+                "rope_scaling": {
+                    "kind": "none",
+                    "factor": 1.0,
+                    "original_length": 8192,
+                    # llama3
+                    "low_frequency_factor": 1.0,
+                    "high_frequency_factor": 4.0,
+                    # yarn
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "truncate": True,
+                    "attention_factor": 1.0,
+                    "score_factor": 1.0,
+                },
                 "norm_epsilon": 1e-6,
                 "init_stddev": 0.02,
                 "tie_embeddings": False,

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from asa_jax.config import ModelConfig
-from asa_jax.model.transformer import abstract_model, shortest_period
+from asa_jax.model.transformer import abstract_model, shortest_period, split_kinds
 
 
 class CacheBytes(NamedTuple):
@@ -111,9 +111,12 @@ def allocated_bytes(cfg: ModelConfig, batch: int, length: int) -> int:
 
 
 def _bytes_by_kind(cfg: ModelConfig, length: int) -> dict[str, CacheBytes]:
-    # Stacked, the cache has one entry for each layer of the period, which holds all its repeats.
+    # Stacked, the cache has one entry for each layer before the repetition and for each of its
+    # period, which holds all the repeats.
     caches = _cache_shapes(dataclasses.replace(cfg, scan_layers=True), 1, length)
-    layers = list(zip(shortest_period(cfg.layer_kinds), map(_measure, caches), strict=True))
+    first, rest = split_kinds(cfg)
+    kinds = first + shortest_period(rest)
+    layers = list(zip(kinds, map(_measure, caches), strict=True))
     return {
         kind: _add(size for other, size in layers if other == kind)
         for kind in dict.fromkeys(cfg.layer_kinds)

@@ -65,7 +65,7 @@ class GroupLatentAttention(nnx.Module):
         up_axes = ("latent", "heads", "head_dim")
         self.query = DecoupledQuery(cfg, rngs=rngs)
         self.down = Projection((size, groups, rank), ("embed", "groups", "latent"), std, rngs=rngs)
-        self.norm = RMSNorm(rank, cfg.norm_epsilon)
+        self.norm = RMSNorm(rank, cfg.latent_norm_epsilon)
         self.rope_key = Projection(
             (size, cfg.qk_rope_head_dim), ("embed", "head_dim"), std, rngs=rngs
         )
@@ -76,7 +76,7 @@ class GroupLatentAttention(nnx.Module):
             (heads, cfg.v_head_dim, size), ("heads", "head_dim", "embed"), residual_stddev(cfg),
             rngs=rngs,
         )  # fmt: skip
-        self.scale = (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5
+        self.scale = cfg.score_scale(cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D].
@@ -162,7 +162,8 @@ class GroupLatentAttention(nnx.Module):
     def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         latent = self.norm(self.down("BTD,DKR->BTKR", x))
         rope_key = self.rope_key("BTD,DH->BTH", x)
-        return latent, rotate(rope_key[:, :, None], positions, self.cfg.rope_theta)[:, :, 0]
+        rope = self.cfg.rope_theta, self.cfg.rope_scaling
+        return latent, rotate(rope_key[:, :, None], positions, *rope)[:, :, 0]
 
     def _pool(self, x: jax.Array) -> jax.Array:
         return pool_blocks(x, self.cfg.compression_block_size, self.cfg.compression_stride)

@@ -1,5 +1,6 @@
 """Grouped-query attention, over the whole document or a sliding window: kinds `full`, `sliding`."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from asa_jax.context_parallel import (
 )
 from asa_jax.model.cached_attention import attend_cache, fill, fill_ring, ring_positions, write
 from asa_jax.model.causal_attention import causal_attention
-from asa_jax.model.layers import Projection, residual_stddev
+from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
 from asa_jax.model.rope import rotate
 from asa_jax.sharding import constrain, sharded
 from pallas_kernels.sliding_window_attention import sliding_window_attention
@@ -32,18 +33,31 @@ class GroupedQueryCache(NamedTuple):
 
 
 class GroupedQueryAttention(nnx.Module):
-    """softmax(q k^T / sqrt(H)) v, N query heads over K key/value heads (arXiv 2305.13245)."""
+    """softmax(q k^T / sqrt(H)) v, N query heads over K key/value heads (arXiv 2305.13245).
+
+    With `qk_norm` an RMSNorm over the features of each head precedes RoPE (Qwen3).
+    """
 
     def __init__(self, cfg: ModelConfig, window_size: int | None, *, rngs: nnx.Rngs) -> None:
         self.cfg, self.window_size = cfg, window_size
         into = (cfg.hidden_size, cfg.num_heads, cfg.head_dim)
         kv = (2, cfg.hidden_size, cfg.num_kv_heads, cfg.head_dim)
-        std = cfg.init_stddev
-        self.query = Projection(into, ("embed", "heads", "head_dim"), std, rngs=rngs)
-        self.key_value = Projection(kv, ("pair", "embed", "kv_heads", "head_dim"), std, rngs=rngs)
-        self.output = Projection(
-            (*into[1:], into[0]), ("heads", "head_dim", "embed"), residual_stddev(cfg), rngs=rngs
+        std, bias = cfg.init_stddev, cfg.attention_bias
+        self.query = Projection(
+            into, ("embed", "heads", "head_dim"), std, bias=(1, 2) if bias else (), rngs=rngs
         )
+        self.key_value = Projection(
+            kv, ("pair", "embed", "kv_heads", "head_dim"), std, bias=(0, 2, 3) if bias else (),
+            rngs=rngs,
+        )  # fmt: skip
+        self.output = Projection(
+            (*into[1:], into[0]), ("heads", "head_dim", "embed"), residual_stddev(cfg),
+            bias=(2,) if bias else (), rngs=rngs,
+        )  # fmt: skip
+        norm = functools.partial(RMSNorm, cfg.head_dim, cfg.norm_epsilon, axis="head_dim")
+        self.query_norm = norm() if cfg.qk_norm else None
+        self.key_norm = norm() if cfg.qk_norm else None
+        self.scale = cfg.score_scale(cfg.head_dim)
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
@@ -87,17 +101,17 @@ class GroupedQueryAttention(nnx.Module):
             write(cache.key, slot, key[:, 0]), write(cache.value, slot, value[:, 0])
         )
         visible = ring_positions(position, slots) >= 0
-        output, _ = attend_cache(
-            query[:, 0], cache.key, cache.value, visible, self.cfg.head_dim**-0.5
-        )
+        output, _ = attend_cache(query[:, 0], cache.key, cache.value, visible, self.scale)
         return self.output("BNH,NHD->BD", output), cache
 
     def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
         query = self.query("BTD,DNH->BTNH", x)
         key, value = self.key_value("BTD,PDKH->PBTKH", x)
-        theta = self.cfg.rope_theta
         query = constrain(query, "batch", "sequence", "heads", "head_dim")
-        return rotate(query, positions, theta), rotate(key, positions, theta), value
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        rope = self.cfg.rope_theta, self.cfg.rope_scaling
+        return rotate(query, positions, *rope), rotate(key, positions, *rope), value
 
     def _attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
@@ -118,7 +132,8 @@ class GroupedQueryAttention(nnx.Module):
                     key,
                     value,
                     segment_ids,
-                    query_offset=offset,
+                    self.scale,
+                    offset,
                     implementation=self.cfg.implementation,
                 ),
                 query,
@@ -129,7 +144,7 @@ class GroupedQueryAttention(nnx.Module):
         ) -> jax.Array:
             output, _ = sliding_window_attention(
                 query, key, value, window_size=window, segment_ids=segment_ids,
-                implementation=self.cfg.implementation,
+                scale=self.scale, implementation=self.cfg.implementation,
             )  # fmt: skip
             return output
 

@@ -52,8 +52,9 @@ class DecoupledQuery(nnx.Module):
         self.cfg = cfg
         std, size, rank = cfg.init_stddev, cfg.hidden_size, cfg.q_lora_rank
         if rank:
-            self.down = Projection((size, rank), ("embed", "latent"), std, rngs=rngs)
-            self.norm = RMSNorm(rank, cfg.norm_epsilon)
+            bias = (1,) if cfg.attention_bias else ()
+            self.down = Projection((size, rank), ("embed", "latent"), std, bias=bias, rngs=rngs)
+            self.norm = RMSNorm(rank, cfg.latent_norm_epsilon)
         size, axis = (rank, "latent") if rank else (size, "embed")
         head_dim = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
         self.up = Projection(
@@ -66,7 +67,7 @@ class DecoupledQuery(nnx.Module):
             x = self.norm(self.down("BTD,DR->BTR", x))
         query = constrain(self.up("BTD,DNH->BTNH", x), "batch", "sequence", "heads", "head_dim")
         nope, rope = jnp.split(query, [self.cfg.qk_nope_head_dim], axis=-1)
-        return nope, rotate(rope, positions, self.cfg.rope_theta)
+        return nope, rotate(rope, positions, self.cfg.rope_theta, self.cfg.rope_scaling)
 
 
 class LatentAttention(nnx.Module):
@@ -76,18 +77,19 @@ class LatentAttention(nnx.Module):
         self.cfg, self.window_size = cfg, window_size
         size, rank, heads, std = cfg.hidden_size, cfg.kv_lora_rank, cfg.num_heads, cfg.init_stddev
         self.query = DecoupledQuery(cfg, rngs=rngs)
-        self.down = Projection((size, rank), ("embed", "latent"), std, rngs=rngs)
-        self.norm = RMSNorm(rank, cfg.norm_epsilon)
+        bias = (1,) if cfg.attention_bias else ()
+        self.down = Projection((size, rank), ("embed", "latent"), std, bias=bias, rngs=rngs)
+        self.norm = RMSNorm(rank, cfg.latent_norm_epsilon)
         self.rope_key = Projection(
-            (size, cfg.qk_rope_head_dim), ("embed", "head_dim"), std, rngs=rngs
+            (size, cfg.qk_rope_head_dim), ("embed", "head_dim"), std, bias=bias, rngs=rngs
         )
         self.key_up = Projection((rank, heads, cfg.qk_nope_head_dim), UP_AXES, std, rngs=rngs)
         self.value_up = Projection((rank, heads, cfg.v_head_dim), UP_AXES, std, rngs=rngs)
         self.output = Projection(
             (heads, cfg.v_head_dim, size), ("heads", "head_dim", "embed"), residual_stddev(cfg),
-            rngs=rngs,
+            bias=(2,) if cfg.attention_bias else (), rngs=rngs,
         )  # fmt: skip
-        self.scale = (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5
+        self.scale = cfg.score_scale(cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
@@ -146,7 +148,8 @@ class LatentAttention(nnx.Module):
     def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         latent = self.norm(self.down("BTD,DR->BTR", x))
         rope_key = self.rope_key("BTD,DH->BTH", x)
-        return latent, rotate(rope_key[:, :, None], positions, self.cfg.rope_theta)[:, :, 0]
+        rope = self.cfg.rope_theta, self.cfg.rope_scaling
+        return latent, rotate(rope_key[:, :, None], positions, *rope)[:, :, 0]
 
     def _absorb(self, nope: jax.Array, rope: jax.Array) -> jax.Array:
         return jnp.concatenate([self.key_up("BTNH,RNH->BTNR", nope), rope], axis=-1)

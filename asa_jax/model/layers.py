@@ -19,20 +19,45 @@ def normal_param(
 
 
 class Projection(nnx.Module):
-    """A weight without bias, applied by einsum."""
+    """A weight, with a bias or without, applied by einsum."""
 
     def __init__(
-        self, shape: tuple[int, ...], axes: tuple[str, ...], stddev: float, *, rngs: nnx.Rngs
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        stddev: float,
+        *,
+        bias: tuple[int, ...] = (),
+        rngs: nnx.Rngs,
     ) -> None:
+        """Draws the weight.
+
+        Args:
+            shape: of the weight.
+            axes: its logical axes.
+            stddev: of the draws.
+            bias: dimensions of the weight that the bias has, those of the result; (): no bias.
+            rngs: source of the draws.
+        """
         self.weight, self.axes = normal_param(shape, axes, stddev, rngs), axes
+        of_bias = [shape[i] for i in bias], tuple(axes[i] for i in bias)
+        self.bias = nnx.Param(jnp.zeros(of_bias[0], jnp.float32), axes=of_bias[1]) if bias else None
 
     def __call__(self, equation: str, x: jax.Array) -> jax.Array:
-        """Returns einsum(equation, x, weight) in the dtype of x."""
+        """Returns einsum(equation, x, weight) + bias in the dtype of x."""
         weight = self.weight[...].astype(x.dtype)
         # Of the two the smaller one should travel; in decoding that is x.
         if x.size > weight.size:
             weight = gathered(weight, self.axes)
-        return jnp.einsum(equation, x, weight)
+        y = jnp.einsum(equation, x, weight)
+        return y if self.bias is None else y + _broadcast(self.bias[...].astype(x.dtype), equation)
+
+
+def _broadcast(bias: jax.Array, equation: str) -> jax.Array:
+    """Gives a bias the dimensions of the result: those that the weight of the equation has."""
+    weight, result = equation.split(",")[1].split("->")
+    sizes = iter(bias.shape)
+    return bias.reshape([next(sizes) if name in weight else 1 for name in result.strip(".")])
 
 
 class RMSNorm(nnx.Module):
@@ -53,11 +78,21 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """y = (silu(x W_gate) * (x W_up)) W_down (Shazeer, 2020)."""
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        into, std = (cfg.hidden_size, cfg.mlp_size), cfg.init_stddev
-        self.gate = Projection(into, ("embed", "mlp"), std, rngs=rngs)
-        self.up = Projection(into, ("embed", "mlp"), std, rngs=rngs)
-        self.down = Projection(into[::-1], ("mlp", "embed"), residual_stddev(cfg), rngs=rngs)
+    def __init__(self, cfg: ModelConfig, size: int | None = None, *, rngs: nnx.Rngs) -> None:
+        """Draws the weights.
+
+        Args:
+            cfg: the architecture.
+            size: features in between; None: `cfg.mlp_size`.
+            rngs: source of the draws.
+        """
+        into, std = (cfg.hidden_size, size or cfg.mlp_size), cfg.init_stddev
+        bias = (1,) if cfg.mlp_bias else ()
+        self.gate = Projection(into, ("embed", "mlp"), std, bias=bias, rngs=rngs)
+        self.up = Projection(into, ("embed", "mlp"), std, bias=bias, rngs=rngs)
+        self.down = Projection(
+            into[::-1], ("mlp", "embed"), residual_stddev(cfg), bias=bias, rngs=rngs
+        )
 
     @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -220,7 +220,7 @@ class NativeSparseAttention(nnx.Module):
 
         Keys are rotated, save those that compression summarises with an MLP.
         """
-        theta = self.cfg.rope_theta
+        rope = self.cfg.rope_theta, self.cfg.rope_scaling
         query = constrain(self.query("BTD,DNH->BTNH", x), "batch", "sequence", "heads", "head_dim")
         projected = self.key_value("BTD,PDKH->PBTKH", x)
         pairs = {}
@@ -228,9 +228,9 @@ class NativeSparseAttention(nnx.Module):
             first = 0 if self.cfg.nsa_share_kv else 2 * i
             key, value = projected[first], projected[first + 1]
             if not (branch == "compression" and self.learned):
-                key = rotate(key, positions, theta)
+                key = rotate(key, positions, *rope)
             pairs[branch] = KeyValue(key, value)
-        return rotate(query, positions, theta), pairs
+        return rotate(query, positions, *rope), pairs
 
     def _compress(self, pairs: dict[str, KeyValue], positions: jax.Array) -> KeyValue:
         cfg = self.cfg
@@ -254,7 +254,8 @@ class NativeSparseAttention(nnx.Module):
         """Summaries of blocks [B, C, l, K, H] that start at positions [B, C]."""
         if not self.learned:
             return KeyValue(block_mean(key, axis=2), block_mean(value, axis=2))
-        key = rotate(self.key_summary(key), starts, self.cfg.rope_theta)
+        rope = self.cfg.rope_theta, self.cfg.rope_scaling
+        key = rotate(self.key_summary(key), starts, *rope)
         return KeyValue(key, self.value_summary(value))
 
     def _attend(

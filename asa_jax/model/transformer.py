@@ -14,6 +14,7 @@ from asa_jax.model.global_attention import GroupLatentAttention
 from asa_jax.model.grouped_query_attention import GroupedQueryAttention
 from asa_jax.model.latent_attention import LatentAttention
 from asa_jax.model.layers import RMSNorm, SwiGLU, TokenEmbedding
+from asa_jax.model.mixture_of_experts import MixtureOfExperts
 from asa_jax.model.native_sparse_attention import NativeSparseAttention
 from asa_jax.sharding import constrain
 from pallas_kernels.masked_attention import RESIDUAL_NAMES
@@ -42,13 +43,13 @@ def make_attention(kind: str, cfg: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
 
 
 class Layer(nnx.Module):
-    """x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
+    """x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x)), or the same with experts."""
 
-    def __init__(self, kind: str, cfg: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, kind: str, cfg: ModelConfig, *, experts: bool, rngs: nnx.Rngs) -> None:
         self.attention_norm = RMSNorm(cfg.hidden_size, cfg.norm_epsilon)
         self.attention = make_attention(kind, cfg, rngs=rngs)
         self.mlp_norm = RMSNorm(cfg.hidden_size, cfg.norm_epsilon)
-        self.mlp = SwiGLU(cfg, rngs=rngs)
+        self.mlp = MixtureOfExperts(cfg, rngs=rngs) if experts else SwiGLU(cfg, rngs=rngs)
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]."""
@@ -83,8 +84,10 @@ class Layer(nnx.Module):
 class LayerGroup(nnx.Module):
     """The shortest run of layers whose repetition is the model: ('local', 'global') in ASA."""
 
-    def __init__(self, kinds: tuple[str, ...], cfg: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.List([Layer(kind, cfg, rngs=rngs) for kind in kinds])
+    def __init__(
+        self, kinds: tuple[str, ...], cfg: ModelConfig, *, experts: bool, rngs: nnx.Rngs
+    ) -> None:
+        self.layers = nnx.List([Layer(kind, cfg, experts=experts, rngs=rngs) for kind in kinds])
 
 
 class Transformer(nnx.Module):
@@ -94,9 +97,12 @@ class Transformer(nnx.Module):
         self.cfg = cfg
         self.embedding = TokenEmbedding(cfg, rngs=rngs)
         self.final_norm = RMSNorm(cfg.hidden_size, cfg.norm_epsilon)
-        kinds = shortest_period(cfg.layer_kinds)
-        self.repeats = cfg.num_layers // len(kinds)
-        make = functools.partial(LayerGroup, kinds, cfg)
+        # Layers without experts before those with them are no part of the repetition.
+        first, rest = split_kinds(cfg)
+        self.prefix = LayerGroup(first, cfg, experts=False, rngs=rngs) if first else None
+        kinds = shortest_period(rest)
+        self.repeats = len(rest) // len(kinds)
+        make = functools.partial(LayerGroup, kinds, cfg, experts=cfg.experts.num_experts > 0)
         # With scan one stacked group, whose every parameter leads with the layer axis.
         self.groups: Any = (
             nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(self.repeats))
@@ -144,10 +150,12 @@ class Transformer(nnx.Module):
         def of(group: LayerGroup) -> list[Any]:
             return [layer.attention.init_cache(batch, max_length, dtype) for layer in group.layers]
 
+        leading = [] if self.prefix is None else [of(self.prefix)]
         if not self.cfg.scan_layers:
-            return [of(group) for group in self.groups]
+            return [*leading, *map(of, self.groups)]
         stack = (self.repeats,)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, stack + x.shape), of(self.groups))
+        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, stack + x.shape), of(self.groups))
+        return [*(leading[0] if leading else ()), *stacked]
 
     def prefill(self, inputs: jax.Array, lengths: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """Reads prompts.
@@ -192,9 +200,10 @@ class Transformer(nnx.Module):
 
     def _run(self, apply: GroupFunction, x: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
         """Applies a function to the layer groups in turn, by scan where they are stacked."""
+        leading = [] if self.prefix is None else [self.prefix]
         if not self.cfg.scan_layers:
             results = []
-            for i, group in enumerate(self.groups):
+            for i, group in enumerate([*leading, *self.groups]):
                 x, result = apply(group, x, None if caches is None else caches[i])
                 results.append(result)
             return x, results
@@ -204,7 +213,34 @@ class Transformer(nnx.Module):
             group_params, cache = layer
             return apply(nnx.merge(graphdef, group_params), x, cache)
 
-        return jax.lax.scan(body, x, (params, caches))
+        size = len(split_kinds(self.cfg)[0])
+        first: Any
+        rest: Any
+        first, rest = (None, None) if caches is None else (caches[:size], caches[size:])
+        for group in leading:
+            x, first = apply(group, x, first)
+        x, rest = jax.lax.scan(body, x, (params, rest))
+        return x, None if first is None else [*first, *rest]
+
+
+def split_kinds(cfg: ModelConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The kinds of the dense layers that precede those with experts, and of the rest."""
+    size = cfg.experts.num_dense_layers if cfg.experts.num_experts else 0
+    return cfg.layer_kinds[:size], cfg.layer_kinds[size:]
+
+
+def layer_places(cfg: ModelConfig) -> list[tuple[tuple[str | int, ...], int | None]]:
+    """Where each layer's parameters lie: its path, and its number in the stack, None without."""
+    first, rest = split_kinds(cfg)
+    period = len(shortest_period(rest))
+    places: list[tuple[tuple[str | int, ...], int | None]] = [
+        (("prefix", "layers", i), None) for i in range(len(first))
+    ]
+    for group, layer in (divmod(i, period) for i in range(len(rest))):
+        stacked = ("groups", "layers", layer), group
+        listed = ("groups", group, "layers", layer), None
+        places.append(stacked if cfg.scan_layers else listed)
+    return places
 
 
 def shortest_period(kinds: tuple[str, ...]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from optax.contrib import MuonDimensionNumbers
 from asa_jax.config import OptimizerConfig
 
 # Axes along which parameters are stacked: each slice is a matrix of its own.
-STACK_AXES = ("layers", "pair")
+STACK_AXES = ("layers", "pair", "experts")
 # Update size of Muon relative to its learning rate, that of AdamW (Moonlight, arXiv 2502.16982).
 MUON_RMS = 0.2
 
@@ -97,8 +97,9 @@ def matrix_axes(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
     """
     dims = [i for i, name in enumerate(axes) if name not in STACK_AXES]
     names = [axes[i] for i in dims]
-    is_code = names == ["block", "head_dim"]  # a learned position code, added and not multiplied
-    if len(dims) < 2 or is_code or "vocab" in names or "gates" in names:
+    # A learned position code or the bias of heads is added and not multiplied.
+    is_added = len(names) == 2 and names[1] == "head_dim" and names[0] not in ("embed", "latent")
+    if len(dims) < 2 or is_added or "vocab" in names or "gates" in names:
         return None
     inputs = len(dims) - 1 if names[-1] == "embed" or names[0] == "block" else 1
     return MuonDimensionNumbers(tuple(dims[:inputs]), tuple(dims[inputs:]))
