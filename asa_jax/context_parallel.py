@@ -27,6 +27,7 @@ AXIS = "context"
 # Logical axes of what attention takes.
 QUERY = ("batch", "sequence", "heads", "head_dim")
 KEY = ("batch", "sequence", "kv_heads", "head_dim")
+KEY_ROW = ("batch", "row", "kv_heads", "head_dim")
 SEGMENT_IDS = ("batch", "row")
 
 
@@ -114,23 +115,27 @@ def gather_rows(*parts: jax.Array, skip: int = 0) -> tuple[jax.Array, ...]:
     return _as_one(gather, parts)
 
 
-def map_queries(function: Callable[..., Any], *queries: jax.Array) -> Any:
+def map_queries(
+    function: Callable[..., Any], *queries: jax.Array, offset: jax.Array | None = None
+) -> Any:
     """Applies a function to each chunk of queries.
 
     Args:
         function: of (*queries, query_offset), the position in the row of the first query, or None
             if the queries are the row; returns arrays with the queries on axis 1.
         *queries: parts [B, 2t, ...] that go together.
+        offset: position in the row of the first query of all; None: they are the row.
 
     Returns:
         What `function` returns, as parts.
     """
     if context_size() == 1:
-        return function(*queries, None)
-    size = queries[0].shape[1] // 2
+        return function(*queries, offset)
+    size, first = queries[0].shape[1] // 2, 0 if offset is None else offset
     chunks = zip(*(jnp.split(part, 2, axis=1) for part in queries), strict=True)
     results = [
-        function(*chunk, index * size) for chunk, index in zip(chunks, _own_chunks(), strict=True)
+        function(*chunk, first + index * size)
+        for chunk, index in zip(chunks, _own_chunks(), strict=True)
     ]
     return jax.tree.map(lambda *halves: jnp.concatenate(halves, axis=1), *results)
 
@@ -164,6 +169,39 @@ def map_windows(
         return function(*padded, *keys, _slices(segment_ids, size, halo))[:, halo:]
 
     return map_chunks(attend, halo, keys)
+
+
+def map_queries_in_rows(
+    function: Callable[..., jax.Array],
+    before: int,
+    queries: tuple[jax.Array, ...],
+    rows: tuple[jax.Array, ...],
+) -> jax.Array:
+    """As `map_windows`, with keys that every device holds: those of the queries and before them.
+
+    Args:
+        function: of (*queries, *rows), alike in length, to [B, T, ...]; the first `before` queries
+            are zeros, and their results are left out.
+        before: tokens of `rows` before the first query.
+        queries: parts [B, 2t, ...].
+        rows: [B, before + T, ...].
+
+    Returns:
+        What `function` returns, as a part.
+    """
+    if context_size() == 1:
+        padded = (_pad_front(query, before) for query in queries)
+        return function(*padded, *rows)[:, before:]
+    size = queries[0].shape[1] // 2
+    halves = zip(*(jnp.split(part, 2, axis=1) for part in queries), strict=True)
+    results = []
+    for half, index in zip(halves, _own_chunks(), strict=True):
+        padded = (_pad_front(query, before) for query in half)
+        keys = (
+            jax.lax.dynamic_slice_in_dim(row, index * size, before + size, axis=1) for row in rows
+        )
+        results.append(function(*padded, *keys)[:, before:])
+    return jnp.concatenate(results, axis=1)
 
 
 def map_chunks(

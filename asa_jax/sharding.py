@@ -162,6 +162,8 @@ def sharded(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callab
     trivial = [axis for axis, size in mesh.shape.items() if size == 1]
 
     def spec(axes: tuple[str, ...]) -> P:
+        if not axes:
+            return P()
         # An axis of one device is named too: over those that are not, gradients are summed, by
         # collectives that would have nothing to do.
         first, *rest = (_mesh_axes(axis) for axis in axes)

@@ -1,36 +1,38 @@
 """Continues prompts with text from a model and its caches."""
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from asa_jax.config import MAX_EVALUATION_TOKENS, Config
-from asa_jax.context_parallel import row_multiple
-from asa_jax.data.tokenizer import StreamingDecoder, Tokenizer
-from asa_jax.decoding.cache_bytes import allocated_bytes
-from asa_jax.decoding.settings import Sampling, check_request
-from asa_jax.decoding.steps import STEPS_PER_DISPATCH, DecodeState, advance, start
-from asa_jax.errors import ConfigError, UserError
+from asa_jax.config import Config
+from asa_jax.data.tokenizer import Tokenizer
+from asa_jax.decoding.continuation import Alternative, Completion, Continuation
+from asa_jax.decoding.rows import STREAM_TOKENS, Progress, Rows
+from asa_jax.decoding.runner import CHUNK_TOKENS, Runner
+from asa_jax.decoding.settings import Sampling, check_request, row_seeds
+from asa_jax.decoding.steps import Drawn
+from asa_jax.errors import ConfigError
 
-MIN_BUCKET_TOKENS = 64
 PLAIN = Sampling()
-_LESS = "shorten the prompt, lower max_tokens or give fewer prompts at once"
 
 
 class Generator:
     """Continues batches of prompts, which may differ in length.
 
-    Programs are compiled once for each number of rows, bucket of prompt lengths and bucket of cache
-    lengths. What a row draws depends on its prompt, its place in the batch and the seed alone.
+    Programs are compiled once for each number of rows, size of chunks and length of caches. What a
+    row draws depends on its prompt and its seed alone.
     """
 
     def __init__(
-        self, config: Config, params: Any, tokenizer: Tokenizer, mesh: Mesh | None = None
+        self,
+        config: Config,
+        params: Any,
+        tokenizer: Tokenizer,
+        mesh: Mesh | None = None,
+        *,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         """Prepares generation; nothing is compiled before the first prompt.
 
@@ -40,9 +42,11 @@ class Generator:
             tokenizer: the run's tokenizer.
             mesh: devices that hold the parameters; None: one device. Several processes must all
                 make the same calls.
+            chunk_tokens: most tokens of a prompt that are read at a time.
 
         Raises:
-            ConfigError: the tokenizer has more tokens than the model.
+            ConfigError: the tokenizer has more tokens than the model, or chunks are not whole
+                blocks.
         """
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ConfigError(
@@ -50,17 +54,74 @@ class Generator:
                 f"{tokenizer.vocab_size}, the vocabulary of the tokenizer"
             )
         self.tokenizer = tokenizer
-        self._cfg, self._params, self._mesh = config.model, params, mesh
+        self.runner = Runner(config.model, params, tokenizer.vocab_size, mesh, chunk_tokens)
 
     def generate(
-        self, prompts: Sequence[str], *, max_tokens: int, sampling: Sampling = PLAIN, seed: int = 0
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        sampling: Sampling = PLAIN,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (),
     ) -> list[str]:
         """The whole continuation of each prompt; arguments and errors as of `stream`."""
-        parts = self.stream(prompts, max_tokens=max_tokens, sampling=sampling, seed=seed)
-        return ["".join(texts) for texts in zip(*parts, strict=True)]
+        completions = self.complete(
+            prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop
+        )
+        return [completion.text for completion in completions]
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        sampling: Sampling = PLAIN,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (),
+        num_alternatives: int = 0,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """As `stream`, with all that is known of each continuation.
+
+        All tokens are drawn in one dispatch, unless a stop string may end them earlier.
+
+        Args:
+            prompts: at least one.
+            max_tokens: most tokens of a continuation.
+            sampling: how tokens are drawn.
+            seed: as of `stream`.
+            stop: strings that end a continuation.
+            num_alternatives: most likely tokens to give beside each token, at most 20.
+            progress: told how far the prompts are read.
+
+        Raises:
+            ConfigError: a setting is out of range, or prompt and continuation are too long.
+            UserError: the caches do not fit into memory.
+        """
+        encoded = [self.encode_prompt(prompt) for prompt in prompts]
+        rows = [Continuation(self.tokenizer, tokens, stop) for tokens in encoded]
+        check_request(max_tokens, stop=stop, num_alternatives=num_alternatives)
+        drawn = self._draw(
+            encoded, max_tokens, sampling, seed, until_end=True, progress=progress,
+            num_alternatives=num_alternatives,
+            steps_per_dispatch=STREAM_TOKENS if stop else max_tokens,
+        )  # fmt: skip
+        parts, texts = [], [""] * len(rows)
+        for part, new in _texts(rows, drawn):
+            parts += [part] if part else []
+            texts = [text + more for text, more in zip(texts, new, strict=True)]
+        return [_completion(i, row, texts[i], parts) for i, row in enumerate(rows)]
 
     def stream(
-        self, prompts: Sequence[str], *, max_tokens: int, sampling: Sampling = PLAIN, seed: int = 0
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        sampling: Sampling = PLAIN,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (),
+        progress: Progress | None = None,
     ) -> Iterator[list[str]]:
         """Continues prompts until their documents end, and gives the text as it comes.
 
@@ -69,7 +130,9 @@ class Generator:
                 reads an end of document.
             max_tokens: most tokens of a continuation.
             sampling: how tokens are drawn.
-            seed: of the draws.
+            seed: of each row's draws; an int is the first row's, and each row has one more.
+            stop: strings that end a continuation; neither they nor their parts are given.
+            progress: told how far the prompts are read.
 
         Returns:
             Gives for each prompt the text that has come since, in whole characters, often ''.
@@ -79,9 +142,10 @@ class Generator:
             UserError: the caches do not fit into memory.
         """
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
-        rows = [_Continuation(self.tokenizer, tokens) for tokens in encoded]
-        drawn = self.stream_tokens(encoded, max_tokens=max_tokens, sampling=sampling, seed=seed)
-        return _stream_text(rows, drawn)
+        rows = [Continuation(self.tokenizer, tokens, stop) for tokens in encoded]
+        check_request(max_tokens, stop=stop)
+        drawn = self._draw(encoded, max_tokens, sampling, seed, until_end=True, progress=progress)
+        return (new for _, new in _texts(rows, drawn))
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a prompt, at least one."""
@@ -94,7 +158,7 @@ class Generator:
         *,
         max_tokens: int,
         sampling: Sampling = PLAIN,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> Iterator[np.ndarray]:
         """As `stream`, of token ids, and on beyond the end of a document.
 
@@ -102,83 +166,38 @@ class Generator:
             prompts: token ids of each prompt, at least one.
             max_tokens: tokens to draw for each.
             sampling: how tokens are drawn.
-            seed: of the draws.
+            seed: as of `stream`.
 
         Returns:
             Gives int32 [B, n], the next n tokens of each prompt.
         """
-        check_request(max_tokens, seed)
-        cache_length = self._cache_length(max(map(len, prompts)), max_tokens)
-        settings = {
-            "seed": np.uint32(seed),
-            "sampling": sampling.checked(),
-            "cfg": self._cfg,
-            "vocab_size": self.tokenizer.vocab_size,
-        }
-        padded, lengths = self._pad(prompts)
-        self._check_memory(len(lengths), cache_length)
+        drawn = self._draw(prompts, max_tokens, sampling, seed, until_end=False)
+        return (part.tokens for part in drawn)
 
-        def draw() -> Iterator[np.ndarray]:
-            state, drawn = self._run(start, padded, lengths, **settings, cache_length=cache_length)
-            yield drawn[: len(prompts)]
-            for first in range(1, max_tokens, STEPS_PER_DISPATCH):
-                state, drawn = self._run(advance, state, **settings)
-                yield drawn[: len(prompts), : max_tokens - first]
+    def _draw(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        sampling: Sampling,
+        seed: int | Sequence[int],
+        *,
+        until_end: bool,
+        progress: Progress | None = None,
+        **dispatch: int,
+    ) -> Iterator[Drawn]:
+        """Checks a request and allocates its caches at once; reads and draws when iterated."""
+        seeds = row_seeds(seed, len(prompts))
+        check_request(max_tokens, seeds)
+        sampling = sampling.checked()
+        length = self.runner.cache_length(max(map(len, prompts)), max_tokens)
+        rows = Rows(self.runner, len(prompts), length)
+        end = self.tokenizer.end_of_document_id if until_end else None
+
+        def draw() -> Iterator[Drawn]:
+            rows.read(prompts, progress)
+            yield from rows.draw(max_tokens, sampling=sampling, seeds=seeds, end=end, **dispatch)
 
         return draw()
-
-    def _cache_length(self, longest: int, max_tokens: int) -> int:
-        """Tokens that the longest row comes to, whole dispatches and buckets."""
-        if longest + max_tokens > MAX_EVALUATION_TOKENS:
-            raise ConfigError(
-                f"prompt of {longest} tokens and max_tokens = {max_tokens}: must be at most "
-                f"{MAX_EVALUATION_TOKENS} together"
-            )
-        dispatches = -(-max_tokens // STEPS_PER_DISPATCH)
-        return self._bucket(longest + dispatches * STEPS_PER_DISPATCH)
-
-    def _bucket(self, tokens: int) -> int:
-        """The next of few lengths, so that few programs are compiled."""
-        context = self._mesh.shape["context"] if self._mesh else 1
-        size = row_multiple(self._cfg.alignment, context)
-        while size < max(tokens, MIN_BUCKET_TOKENS):
-            size *= 2
-        return size
-
-    def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts as int32 [B, T] and their lengths [B], B a multiple of what the mesh splits."""
-        shards = self._mesh.shape["data"] * self._mesh.shape["fsdp"] if self._mesh else 1
-        num_rows = -(-len(prompts) // shards) * shards
-        tokens = np.zeros((num_rows, self._bucket(max(map(len, prompts)))), np.int32)
-        lengths = np.ones(num_rows, np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-            lengths[row] = len(prompt)
-        return tokens, lengths
-
-    def _check_memory(self, num_rows: int, cache_length: int) -> None:
-        """Refuses caches that cannot fit; a host would swap or kill the process instead."""
-        devices = list(self._mesh.devices.flat) if self._mesh else jax.local_devices()[:1]
-        needed = allocated_bytes(self._cfg, num_rows, cache_length)
-        there = _memory_bytes(devices)
-        if needed > there:
-            raise UserError(
-                f"out of memory: caches of {num_rows} x {cache_length} tokens take "
-                f"{needed / 2**30:.1f} GiB, and there are {there / 2**30:.1f}; {_LESS}"
-            )
-
-    def _run(
-        self, step: Callable[..., tuple[DecodeState, jax.Array]], *args: Any, **settings: Any
-    ) -> tuple[DecodeState, np.ndarray]:
-        mesh = jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
-        try:
-            with mesh:
-                state, drawn = step(self._params, *args, **settings)
-                return state, np.array(drawn)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(f"out of memory: {_LESS}") from None
 
 
 def generate_text(
@@ -200,45 +219,34 @@ def generate_text(
     return generator.generate([prompt], max_tokens=max_tokens, sampling=sampling, seed=seed)[0]
 
 
-class _Continuation:
-    """The text of one row, up to the end of its document."""
-
-    # Decoders treat the start of a text in their own ways, so it goes on from the prompt's end.
-    _CONTEXT_TOKENS = 8
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._end = tokenizer.end_of_document_id
-        self._decoder = StreamingDecoder(tokenizer)
-        self.ended = False
-        for token in prompt[-self._CONTEXT_TOKENS :]:
-            self._decoder.push(token)
-
-    def push(self, tokens: Sequence[int]) -> str:
-        """Adds tokens and returns the text that is complete with them."""
-        text = ""
-        for token in tokens:
-            if self.ended:
-                break
-            self.ended = token == self._end
-            text += self._decoder.flush() if self.ended else self._decoder.push(token)
-        return text
-
-    def flush(self) -> str:
-        """Returns what is held back, at the end of the stream."""
-        return "" if self.ended else self._decoder.flush()
-
-
-def _stream_text(rows: list[_Continuation], drawn: Iterator[np.ndarray]) -> Iterator[list[str]]:
-    for chunk in drawn:
-        yield [row.push(tokens) for row, tokens in zip(rows, chunk.tolist(), strict=True)]
-        if all(row.ended for row in rows):
+def _texts(
+    rows: Sequence[Continuation], drawn: Iterator[Drawn]
+) -> Iterator[tuple[Drawn | None, list[str]]]:
+    """What was drawn and the text that came with it, until every row has finished."""
+    for part in drawn:
+        tokens = part.tokens.tolist()
+        yield part, [row.push(new) for row, new in zip(rows, tokens, strict=True)]
+        if all(row.finish_reason for row in rows):
             return
-    yield [row.flush() for row in rows]
+    yield None, [row.flush() for row in rows]
 
 
-def _memory_bytes(devices: Sequence[jax.Device]) -> int:
-    """Memory of the devices together, as far as this process can tell; of the host for CPUs."""
-    stats = [device.memory_stats() or {} for device in devices]
-    if all("bytes_limit" in entry for entry in stats):
-        return sum(entry["bytes_limit"] - entry["bytes_in_use"] for entry in stats)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _completion(index: int, row: Continuation, text: str, parts: Sequence[Drawn]) -> Completion:
+    """All that is known of a row that has finished."""
+
+    def column(arrays: list[Any]) -> Any:
+        return np.concatenate([array[index] for array in arrays])[: row.num_tokens].tolist()
+
+    likely = column([part.alternatives for part in parts])
+    logs = column([part.alternative_log_probabilities for part in parts])
+    assert row.finish_reason is not None
+    return Completion(
+        text=text,
+        finish_reason=row.finish_reason,
+        tokens=column([part.tokens for part in parts]),
+        log_probabilities=column([part.log_probabilities for part in parts]),
+        alternatives=[
+            [Alternative(*pair) for pair in zip(*of_token, strict=True)]
+            for of_token in zip(likely, logs, strict=True)
+        ],
+    )

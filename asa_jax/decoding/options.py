@@ -53,7 +53,7 @@ def parse_options() -> Options:
     if not given.workdir:
         raise ConfigError("--workdir: missing; give a run directory, such as --workdir=runs/tiny")
     sampling = Sampling(given.temperature, given.top_k, given.top_p).checked()
-    check_request(given.max_tokens, given.seed)
+    check_request(given.max_tokens, [given.seed])
     prompt = _prompt(given.prompt, given.prompt_file)
     workdir = Path(given.workdir).expanduser()
     read_run_config(workdir)

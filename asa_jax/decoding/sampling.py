@@ -1,4 +1,4 @@
-"""Draws a token a row from logits: greedy, temperature, top-k, top-p and their combinations.
+"""Draws a token a row from logits: greedy, temperature, top-k, top-p, min-p, repetition penalty.
 
 Settings are traced, so one compiled program serves them all.
 """
@@ -9,17 +9,21 @@ import jax.numpy as jnp
 from asa_jax.decoding.settings import Sampling
 
 
-def sample_tokens(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+def sample_tokens(
+    logits: jax.Array, seen: jax.Array, keys: jax.Array, sampling: Sampling
+) -> jax.Array:
     """Draws one token a row.
 
     Args:
         logits: float32 [B, V].
+        seen: bool [B, V], the tokens that a row has.
         keys: typed PRNG keys [B]; a row is drawn from its own, whatever else is in the batch.
         sampling: settings of all rows, as numbers or scalar arrays.
 
     Returns:
         int32 [B].
     """
+    logits = penalise(logits, seen, sampling.repetition_penalty)
 
     def greedy() -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -32,9 +36,17 @@ def sample_tokens(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax
             lambda: truncate(scaled, sampling.top_k, sampling.top_p),
             lambda: scaled,
         )
+        # Logits are logarithms of how many times less likely a token is than the first (min-p,
+        # arXiv 2407.01082).
+        kept = jnp.where(scaled >= jnp.log(sampling.min_p), kept, -jnp.inf)
         return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
     return jax.lax.cond(sampling.temperature > 0, draw, greedy)
+
+
+def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> jax.Array:
+    """Makes the tokens in `seen` [B, V] less likely (CTRL, arXiv 1909.05858): float32 [B, V]."""
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def truncate(

@@ -1,11 +1,13 @@
 """How tokens are drawn; imports no jax, so that a wrong value is told at once."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from asa_jax.config import MAX_EVALUATION_TOKENS
 from asa_jax.errors import ConfigError
 
 MAX_SEED = 2**32 - 1
+MAX_ALTERNATIVES = 20
 
 
 class Sampling(NamedTuple):
@@ -15,11 +17,16 @@ class Sampling(NamedTuple):
         temperature: divides the logits; 0 takes the most likely token (greedy).
         top_k: draw from the k most likely tokens; 0: from all.
         top_p: then from the fewest of the most likely tokens that hold this probability together.
+        min_p: and from those at least this many times as likely as the most likely one.
+        repetition_penalty: before all that, divides the positive logits of tokens that the prompt
+            or the continuation has, and multiplies the negative ones; 1: none.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def checked(self) -> "Sampling":
         """Returns the same with its fields in their types.
@@ -31,14 +38,45 @@ class Sampling(NamedTuple):
         _require(finite, "temperature", self.temperature, "at least 0 (0: greedy)")
         _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "at least 0 (0: all tokens)")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        return Sampling(float(self.temperature), int(self.top_k), float(self.top_p))
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        penalty = self.repetition_penalty
+        _require(0 < penalty < float("inf"), "repetition_penalty", penalty, "above 0 (1: none)")
+        return Sampling(
+            float(self.temperature), int(self.top_k), float(self.top_p), float(self.min_p),
+            float(penalty),
+        )  # fmt: skip
 
 
-def check_request(max_tokens: int, seed: int) -> None:
-    """Raises a ConfigError unless the number of tokens and the seed are in range."""
+def check_request(
+    max_tokens: int,
+    seeds: Sequence[int] = (),
+    stop: Sequence[str] = (),
+    num_alternatives: int = 0,
+) -> None:
+    """Raises a ConfigError unless what is asked for beside the sampling is in range."""
     most = MAX_EVALUATION_TOKENS
     _require(1 <= max_tokens < most, "max_tokens", max_tokens, f"from 1 to {most - 1}")
-    _require(0 <= seed <= MAX_SEED, "seed", seed, f"from 0 to {MAX_SEED}")
+    for seed in seeds:
+        _require(0 <= seed <= MAX_SEED, "seed", seed, f"from 0 to {MAX_SEED}")
+    for text in stop:
+        _require(bool(text), "stop", text, "at least a character")
+    _require(
+        0 <= num_alternatives <= MAX_ALTERNATIVES, "alternatives", num_alternatives,
+        f"from 0 to {MAX_ALTERNATIVES}",
+    )  # fmt: skip
+
+
+def row_seeds(seed: int | Sequence[int], num_rows: int) -> list[int]:
+    """The seed of each row; an int is that of the first row, and each row has one more.
+
+    Raises:
+        ConfigError: there is not one for each row.
+    """
+    if isinstance(seed, int):
+        _require(0 <= seed <= MAX_SEED, "seed", seed, f"from 0 to {MAX_SEED}")
+        return [(seed + row) % (MAX_SEED + 1) for row in range(num_rows)]
+    _require(len(seed) == num_rows, "seed", list(seed), f"one for each of {num_rows} prompts")
+    return list(seed)
 
 
 def _require(condition: bool, name: str, value: object, requirement: str) -> None:

@@ -1,4 +1,4 @@
-"""The compiled steps of decoding: reading prompts, and drawing tokens one after another."""
+"""The compiled steps of decoding: empty caches, reading a chunk, drawing tokens."""
 
 import functools
 from typing import Any, NamedTuple
@@ -6,108 +6,222 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from asa_jax.config import ModelConfig
 from asa_jax.decoding.sampling import sample_tokens
 from asa_jax.decoding.settings import Sampling
-from asa_jax.model.transformer import Transformer, abstract_model
-from asa_jax.sharding import constrain
-
-# Tokens of one dispatch: few enough to stream, many enough to hide what a dispatch costs.
-STEPS_PER_DISPATCH = 16
+from asa_jax.model.cached_attention import Chunk
+from asa_jax.model.transformer import Transformer, abstract_model, split_kinds
+from asa_jax.sharding import constrain, partition_spec
 
 
 class DecodeState(NamedTuple):
-    """Where decoding is.
+    """Rows of text as far as they are read.
 
     Attributes:
-        tokens: int32 [B], drawn and not read yet.
-        positions: int32 [B], where they go in the cache.
-        cache: of all tokens before them.
+        hidden: [B, D], of the last token of each row.
+        lengths: int32 [B], tokens that the cache holds.
+        ended: bool [B], which rows draw no more.
+        seen: bool [B, V], the tokens that a row has.
+        cache: of the layers.
     """
 
-    tokens: jax.Array
-    positions: jax.Array
+    hidden: jax.Array
+    lengths: jax.Array
+    ended: jax.Array
+    seen: jax.Array
     cache: Any
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "vocab_size", "cache_length"))
-def start(
+class Draws(NamedTuple):
+    """How rows draw; traced, so that nothing is compiled anew.
+
+    Attributes:
+        seeds: uint32 [B]; a draw depends on its row's seed, position and text alone.
+        end: int32 [], the token after which a row draws no more; -1: none.
+        sampling: settings of all rows.
+    """
+
+    seeds: Any
+    end: Any
+    sampling: Sampling
+
+
+class Drawn(NamedTuple):
+    """What a dispatch drew; columns from `num_drawn` on, and behind a row's end, mean nothing.
+
+    Attributes:
+        tokens: int32 [B, n].
+        log_probabilities: float32 [B, n], by the model, before sampling settings.
+        alternatives: int32 [B, n, A], the most likely tokens.
+        alternative_log_probabilities: float32 [B, n, A].
+        num_drawn: int32 [].
+    """
+
+    tokens: Any
+    log_probabilities: Any
+    alternatives: Any
+    alternative_log_probabilities: Any
+    num_drawn: Any
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "num_rows", "cache_length"))
+def empty_state(*, cfg: ModelConfig, num_rows: int, cache_length: int) -> DecodeState:
+    """Rows without tokens, and caches for `cache_length` tokens of each."""
+    graphdef, shapes, _ = abstract_model(cfg)
+    # Caches need no parameters.
+    cache = nnx.merge(graphdef, shapes).init_cache(num_rows, cache_length)
+    state = DecodeState(
+        hidden=jnp.zeros((num_rows, cfg.hidden_size), cfg.compute_dtype),
+        lengths=jnp.zeros(num_rows, jnp.int32),
+        ended=jnp.ones(num_rows, bool),
+        seen=jnp.zeros((num_rows, cfg.vocab_size), bool),
+        cache=cache,
+    )
+    return _by_rows(state, cfg)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def read_chunk(
     params: Any,
-    prompts: jax.Array,
+    state: DecodeState,
+    tokens: jax.Array,
+    offset: jax.Array,
     lengths: jax.Array,
     *,
-    seed: jax.Array,
-    sampling: Sampling,
     cfg: ModelConfig,
-    vocab_size: int,
-    cache_length: int,
-) -> tuple[DecodeState, jax.Array]:
-    """Reads prompts into an empty cache and draws the first token of each row.
+) -> DecodeState:
+    """Appends to each row those of a chunk's tokens that it does not hold yet.
 
     Args:
         params: nested dict of parameters.
-        prompts: int32 [B, T], row b lengths[b] tokens, then anything.
-        lengths: int32 [B].
-        seed: uint32 [].
-        sampling: traced settings.
+        state: the rows.
+        tokens: int32 [B, T] of positions offset .. offset + T - 1, anything where a row has none.
+        offset: int32 [], as of `Chunk`.
+        lengths: int32 [B], tokens of the rows with all that will be read.
         cfg: the architecture.
-        vocab_size: tokens of the tokenizer; the model may have more, which are never drawn.
-        cache_length: tokens that a row of the cache holds, at least T.
 
     Returns:
-        The state, and the tokens int32 [B, 1].
+        The rows.
     """
+    size, vocab = tokens.shape[1], state.seen.shape[1]
+    chunk = Chunk(offset, state.lengths, lengths)
     model = nnx.merge(abstract_model(cfg)[0], params)
-    cache = model.init_cache(prompts.shape[0], cache_length)
-    prompts = constrain(prompts, "batch", "sequence")
-    hidden, cache = model.prefill(prompts, lengths, cache)
-    tokens = _draw(model, hidden, lengths, seed, sampling, vocab_size)
-    return DecodeState(tokens, lengths, cache), tokens[:, None]
+    hidden, cache = model.prefill(constrain(tokens, "batch", "sequence"), chunk, state.cache)
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    new = jnp.where(chunk.is_new(size), tokens, vocab)
+    after = chunk.after(size)
+    state = DecodeState(
+        hidden=jnp.where((after > state.lengths)[:, None], hidden, state.hidden),
+        lengths=after,
+        ended=lengths == 0,
+        seen=state.seen.at[rows, new].set(True, mode="drop"),
+        cache=cache,
+    )
+    return _by_rows(state, cfg)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "vocab_size"), donate_argnames=("state",))
-def advance(
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "vocab_size", "size", "num_alternatives"),
+    donate_argnames=("state",),
+)
+def draw_tokens(
     params: Any,
     state: DecodeState,
+    draws: Draws,
+    num_steps: jax.Array,
     *,
-    seed: jax.Array,
-    sampling: Sampling,
     cfg: ModelConfig,
     vocab_size: int,
-) -> tuple[DecodeState, jax.Array]:
-    """Reads the tokens of the state and draws the next ones; arguments as in `start`.
+    size: int,
+    num_alternatives: int = 0,
+) -> tuple[DecodeState, Drawn]:
+    """Draws and reads tokens until there are `num_steps` or every row has ended.
+
+    Args:
+        params: nested dict of parameters.
+        state: the rows.
+        draws: how they draw.
+        num_steps: int32 [], at most `size`.
+        cfg: the architecture.
+        vocab_size: tokens of the tokenizer; the model may have more, which are never drawn.
+        size: columns of the result.
+        num_alternatives: most likely tokens to give beside each, A.
 
     Returns:
-        The state, and the tokens int32 [B, STEPS_PER_DISPATCH].
+        The rows, and the tokens drawn.
     """
     model = nnx.merge(abstract_model(cfg)[0], params)
 
-    def step(state: DecodeState, _: None) -> tuple[DecodeState, jax.Array]:
-        hidden, cache = model.decode(state.tokens, state.positions, state.cache)
-        positions = state.positions + 1
-        tokens = _draw(model, hidden, positions, seed, sampling, vocab_size)
-        return DecodeState(tokens, positions, cache), tokens
+    def unfinished(carry: tuple[DecodeState, Drawn]) -> jax.Array:
+        state, drawn = carry
+        return (drawn.num_drawn < num_steps) & ~jnp.all(state.ended)
 
-    state, tokens = jax.lax.scan(step, state, length=STEPS_PER_DISPATCH)
-    return state, tokens.T
+    def step(carry: tuple[DecodeState, Drawn]) -> tuple[DecodeState, Drawn]:
+        state, drawn = carry
+        logits = _logits(model, state.hidden, vocab_size)
+        tokens = constrain(_draw(logits, state, draws), "activation")
+        ended = state.ended | (tokens == draws.end)
+        hidden, cache = model.decode(tokens, state.lengths, state.cache)
+        # A row that has ended stays where it is: what is written behind its end is written over.
+        state = DecodeState(
+            hidden=jnp.where(ended[:, None], state.hidden, hidden),
+            lengths=jnp.where(ended, state.lengths, state.lengths + 1),
+            ended=ended,
+            seen=state.seen.at[jnp.arange(tokens.size), tokens].set(True),
+            cache=cache,
+        )
+        return _by_rows(state, cfg), _append(drawn, tokens, logits)
+
+    shape = (state.lengths.size, size)
+    nothing = Drawn(
+        tokens=jnp.zeros(shape, jnp.int32),
+        log_probabilities=jnp.zeros(shape),
+        alternatives=jnp.zeros((*shape, num_alternatives), jnp.int32),
+        alternative_log_probabilities=jnp.zeros((*shape, num_alternatives)),
+        num_drawn=jnp.int32(0),
+    )
+    return jax.lax.while_loop(unfinished, step, (state, nothing))
 
 
-def _draw(
-    model: Transformer,
-    hidden: jax.Array,
-    positions: jax.Array,
-    seed: jax.Array,
-    sampling: Sampling,
-    vocab_size: int,
-) -> jax.Array:
-    """Draws the tokens [B] of positions [B] after hidden states [B, D]."""
+def _logits(model: Transformer, hidden: jax.Array, vocab_size: int) -> jax.Array:
+    """Logits float32 [B, V] after hidden states [B, D], -inf for tokens without text."""
     logits = jnp.einsum(
         "BD,DV->BV", hidden, model.unembedding(), preferred_element_type=jnp.float32
     )
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
-    rows = jnp.arange(positions.shape[0])
-    fold = jax.vmap(jax.random.fold_in)
-    keys = fold(fold(jnp.broadcast_to(jax.random.key(seed), rows.shape), rows), positions)
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+
+
+def _draw(logits: jax.Array, state: DecodeState, draws: Draws) -> jax.Array:
+    keys = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(draws.seeds), state.lengths)
+    return sample_tokens(logits, state.seen, keys, draws.sampling)
+
+
+def _append(drawn: Drawn, tokens: jax.Array, logits: jax.Array) -> Drawn:
+    """Writes tokens [B] and what their logits [B, V] say to the next column."""
+    log_probabilities = jax.nn.log_softmax(logits)
+    best, alternatives = jax.lax.top_k(log_probabilities, drawn.alternatives.shape[-1])
+    of_tokens = jnp.take_along_axis(log_probabilities, tokens[:, None], axis=-1)[:, 0]
+    column = drawn.num_drawn
     # Whole on every device, so that every process can read them.
-    return constrain(sample_tokens(logits, keys, sampling), "activation")
+    new = (constrain(x, *("activation",) * x.ndim) for x in (tokens, of_tokens, alternatives, best))
+    written = [old.at[:, column].set(x) for old, x in zip(drawn[:-1], new, strict=True)]
+    return Drawn._make([*written, column + 1])
+
+
+def _by_rows(state: DecodeState, cfg: ModelConfig) -> DecodeState:
+    """Asks for rows divided like a batch; XLA divides the rest of a cache as the layers need."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return state
+    (batch,) = partition_spec(("batch",))
+    # Stacked layers lead with an axis of their own.
+    first_stacked = len(split_kinds(cfg)[0]) if cfg.scan_layers else len(state.cache)
+
+    def place(path: Any, x: jax.Array) -> jax.Array:
+        leading = (None,) if path[0].idx >= first_stacked else ()
+        rest = (P.UNCONSTRAINED,) * (x.ndim - len(leading) - 1)
+        return jax.lax.with_sharding_constraint(x, P(*leading, batch, *rest))
+
+    return state._replace(cache=jax.tree.map_with_path(place, state.cache))

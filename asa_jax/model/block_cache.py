@@ -1,9 +1,10 @@
-"""Pooling of blocks, and block selection for one new token over a cache."""
+"""Caches of blocks: their summaries and the lists of selected ones, by chunks and by tokens."""
 
 import jax
 import jax.numpy as jnp
 
 from asa_jax.config import ModelConfig
+from asa_jax.model.cached_attention import Chunk
 from pallas_kernels.blocks import number_of_blocks
 from pallas_kernels.select_blocks.reference import block_importance, choose_blocks
 
@@ -90,7 +91,55 @@ def selected_tokens(
     return jnp.moveaxis(tokens, 1, 2), jnp.moveaxis(visible, 1, 2)
 
 
-def last_selection(block_indices: jax.Array, lengths: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """The list [B, K, L] of the group that holds each prompt's last token, of [B, M, K, L]."""
-    rows = jnp.arange(block_indices.shape[0])
-    return block_indices[rows, (lengths - 1) // cfg.queries_per_selection]
+def fill_blocks(
+    cache: jax.Array, blocks: jax.Array, chunk: Chunk, size: int, cfg: ModelConfig
+) -> jax.Array:
+    """Writes the summaries of the blocks that a chunk completes.
+
+    Args:
+        cache: [B, C, ...].
+        blocks: [B, n, ...], of the blocks that end in the chunk, complete or not.
+        chunk: where it stands.
+        size: its tokens, T.
+        cfg: sizes of blocks.
+
+    Returns:
+        The cache.
+    """
+    ends = chunk.offset + cfg.compression_stride * jnp.arange(1, blocks.shape[1] + 1) - 1
+    first = ends + 1 - cfg.compression_block_size
+    complete = (chunk.held[:, None] <= ends) & (ends < chunk.after(size)[:, None]) & (first >= 0)
+    number = jnp.where(complete, first // cfg.compression_stride, cache.shape[1])
+    rows = jnp.arange(cache.shape[0])[:, None]
+    return cache.at[rows, number].set(blocks.astype(cache.dtype), mode="drop")
+
+
+def keep_selection(
+    lists: jax.Array, in_force: jax.Array, chunk: Chunk, offset: jax.Array, every: int
+) -> jax.Array:
+    """Puts the list in force in the place of that of a group which the cache holds the start of.
+
+    Args:
+        lists: int32 [B, M, K, L], of groups of queries from position `offset` on.
+        in_force: int32 [B, K, L].
+        chunk: that the queries are from.
+        offset: int32 [].
+        every: queries of a group.
+
+    Returns:
+        int32 [B, M, K, L].
+    """
+    first = offset + every * jnp.arange(lists.shape[1])
+    held = chunk.held[:, None]
+    begun = (first < held) & (held < first + every)
+    return jnp.where(begun[..., None, None], in_force[:, None], lists)
+
+
+def last_selection(
+    lists: jax.Array, in_force: jax.Array, chunk: Chunk, size: int, cfg: ModelConfig
+) -> jax.Array:
+    """The list [B, K, L] in force after a chunk: of the group that holds each row's last token."""
+    after = chunk.after(size)
+    group = jnp.clip((after - 1 - chunk.offset) // cfg.queries_per_selection, 0, lists.shape[1] - 1)
+    last = lists[jnp.arange(lists.shape[0]), group]
+    return jnp.where((after > chunk.held)[:, None, None], last, in_force)

@@ -4,8 +4,49 @@ A cache array holds tokens on axis 1. Layers with a window keep a ring: token p 
 p % window_size. `position` is that of the new token in its row, so rows may have different lengths.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+
+class Chunk(NamedTuple):
+    """Which tokens a prefill of [B, T] reads: those that a row has from `held` on.
+
+    All rows are read at positions offset .. offset + T - 1. A row may hold tokens there already,
+    and may end before or within; what the chunk gives at such positions is ignored, and nothing of
+    it is kept.
+
+    Attributes:
+        offset: int32 [], a multiple of the alignment; offset + T is at most the cache's length.
+        held: int32 [B], tokens that the cache holds, none of them behind the chunk.
+        lengths: int32 [B], tokens of the rows with all that will be read.
+    """
+
+    offset: Any
+    held: Any
+    lengths: Any
+
+    def after(self, size: int) -> jax.Array:
+        """Tokens [B] that the cache holds after a chunk of `size` tokens."""
+        return jnp.maximum(self.held, jnp.minimum(self.lengths, self.offset + size))
+
+    def positions(self, size: int, before: int = 0) -> jax.Array:
+        """Positions [before + size] of the chunk's tokens and of those before them."""
+        return self.offset - before + jnp.arange(before + size)
+
+    def is_new(self, size: int) -> jax.Array:
+        """Which tokens are to be read: bool [B, size]."""
+        positions = self.positions(size)
+        return (self.held[:, None] <= positions) & (positions < self.lengths[:, None])
+
+    def segment_ids(self, cache_length: int) -> jax.Array:
+        """1 for the tokens of whole rows, 0 behind them: int32 [B, S]."""
+        return (jnp.arange(cache_length) < self.lengths[:, None]).astype(jnp.int32)
+
+
+# Logical axes of the arrays of a chunk, for `sharding.sharded`.
+CHUNK = Chunk((), ("batch",), ("batch",))
 
 
 def ring_positions(position: jax.Array, window_size: int) -> jax.Array:
@@ -22,17 +63,53 @@ def ring_positions(position: jax.Array, window_size: int) -> jax.Array:
     return position[:, None] - (position[:, None] - slots) % window_size
 
 
-def fill(cache: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Writes tokens [B, T, ...] from slot 0 of a cache [B, S, ...] with S >= T."""
-    return cache.at[:, : tokens.shape[1]].set(tokens.astype(cache.dtype))
+def fill(cache: jax.Array, tokens: jax.Array, chunk: Chunk) -> jax.Array:
+    """Writes the new ones of a chunk's tokens [B, T, ...] to a cache [B, S, ...]."""
+    size = tokens.shape[1]
+    old = jax.lax.dynamic_slice_in_dim(cache, chunk.offset, size, axis=1)
+    new = jnp.where(_over(chunk.is_new(size), tokens), tokens.astype(cache.dtype), old)
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, chunk.offset, axis=1)
 
 
-def fill_ring(cache: jax.Array, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Writes the last of each row's `lengths` [B] real tokens, of [B, T, ...], to a ring."""
-    positions = ring_positions(lengths - 1, cache.shape[1])
-    index = jnp.clip(positions, 0, tokens.shape[1] - 1)
-    index = index.reshape(index.shape + (1,) * (tokens.ndim - 2))
-    return jnp.take_along_axis(tokens, index, axis=1).astype(cache.dtype)
+def extend_ring(cache: jax.Array, tokens: jax.Array, chunk: Chunk) -> tuple[jax.Array, jax.Array]:
+    """Writes the new ones of a chunk's tokens to a ring.
+
+    Args:
+        cache: [B, W, ...].
+        tokens: [B, T, ...].
+        chunk: where they stand.
+
+    Returns:
+        The tokens of positions offset - W .. offset + T - 1, [B, W + T, ...], as far as they are
+        known (`ring_segment_ids`), and the ring that keeps the last of them.
+    """
+    slots, size = cache.shape[1], tokens.shape[1]
+    positions = chunk.positions(size, before=slots)
+    ring = jnp.take(cache, positions % slots, axis=1)
+    new = jnp.pad(tokens, ((0, 0), (slots, 0), *((0, 0) for _ in tokens.shape[2:])))
+    row = jnp.where(_over(positions < chunk.held[:, None], ring), ring, new.astype(cache.dtype))
+
+    after = chunk.after(size)
+    index = jnp.clip(ring_positions(after - 1, slots) - positions[0], 0, slots + size - 1)
+    last = jnp.take_along_axis(row, index.reshape(index.shape + (1,) * (row.ndim - 2)), axis=1)
+    return row, jnp.where(_over((after > chunk.held)[:, None], row), last, cache)
+
+
+def ring_segment_ids(chunk: Chunk, slots: int, size: int) -> jax.Array:
+    """1 for the tokens of `extend_ring`'s row that are known, 0 for others: int32 [B, W + T]."""
+    positions = chunk.positions(size, before=slots)
+    known = jnp.maximum(chunk.held[:, None] - slots, 0) <= positions
+    return (known & (positions < chunk.lengths[:, None])).astype(jnp.int32)
+
+
+def recent_row(cache: jax.Array, chunk: Chunk, window_size: int, size: int) -> jax.Array:
+    """Tokens of positions offset - window_size .. offset + T - 1 of a cache of whole rows."""
+    return jnp.take(cache, jnp.maximum(chunk.positions(size, before=window_size), 0), axis=1)
+
+
+def _over(mask: jax.Array, like: jax.Array) -> jax.Array:
+    """A mask [B, T] as it broadcasts over [B, T, ...]."""
+    return mask.reshape(mask.shape + (1,) * (like.ndim - 2))
 
 
 def write(cache: jax.Array, slot: jax.Array, token: jax.Array) -> jax.Array:

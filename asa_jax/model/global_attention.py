@@ -13,6 +13,7 @@ The mean commutes with the up-projections, so latents are pooled. Training and d
 the absorbed form, q'_n = [W_UK,n^T qC_n ; qR_n] against latents: one fetch serves a whole group.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,13 +25,15 @@ from asa_jax.context_parallel import QUERY, SEGMENT_IDS, gather_rows, in_row_ord
 from asa_jax.model.block_cache import (
     block_mean,
     completed_block,
+    fill_blocks,
+    keep_selection,
     last_selection,
     pool_blocks,
     selected_tokens,
     update_selection,
     visible_blocks,
 )
-from asa_jax.model.cached_attention import attend_cache, fill, write, write_if
+from asa_jax.model.cached_attention import CHUNK, Chunk, attend_cache, fill, write, write_if
 from asa_jax.model.latent_attention import DecoupledQuery
 from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
 from asa_jax.model.rope import rotate
@@ -41,8 +44,10 @@ from pallas_kernels.select_blocks import select_blocks
 from pallas_kernels.selected_attention import selected_attention
 
 # Logical axes of latents and rotated keys, and of their block means; and of lists of blocks.
-LATENTS = (("batch", "sequence", "groups", "latent"), ("batch", "sequence", "latent")) * 2
+LATENTS = (("batch", "sequence", "groups", "latent"), ("batch", "sequence", "latent"))
+LATENT_ROWS = (("batch", "row", "groups", "latent"), ("batch", "row", "latent"))
 LISTS = ("batch", "sequence", "heads", "block")
+LIST_IN_FORCE = ("batch", "row", "groups", "block")
 
 
 class GlobalCache(NamedTuple):
@@ -65,7 +70,7 @@ class GroupLatentAttention(nnx.Module):
         up_axes = ("latent", "heads", "head_dim")
         self.query = DecoupledQuery(cfg, rngs=rngs)
         self.down = Projection((size, groups, rank), ("embed", "groups", "latent"), std, rngs=rngs)
-        self.norm = RMSNorm(rank, cfg.latent_norm_epsilon)
+        self.norm = RMSNorm(rank, cfg.latent_norm_epsilon) if cfg.latent_norm else None
         self.rope_key = Projection(
             (size, cfg.qk_rope_head_dim), ("embed", "head_dim"), std, rngs=rngs
         )
@@ -92,7 +97,7 @@ class GroupLatentAttention(nnx.Module):
         query = self._absorb(*self.query(x, positions))
         latent, rope_key = self._compress(x, positions)
         compressed = self._pool(latent), self._pool(rope_key)
-        mixed, _ = self._attend(query, self._gate(x), latent, rope_key, *compressed, segment_ids)
+        mixed = self._attend(query, self._gate(x), latent, rope_key, *compressed, segment_ids)
         return self._project_out(mixed)
 
     def init_cache(self, batch: int, max_length: int, dtype: jnp.dtype) -> GlobalCache:
@@ -109,28 +114,31 @@ class GroupLatentAttention(nnx.Module):
         )
 
     def prefill(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        lengths: jax.Array,
-        cache: GlobalCache,
+        self, x: jax.Array, positions: jax.Array, chunk: Chunk, cache: GlobalCache
     ) -> tuple[jax.Array, GlobalCache]:
-        """As `__call__` for prompts of `lengths` [B] tokens, and fills the cache with them."""
-        query = self._absorb(*self.query(x, positions))
-        latent, rope_key = self._compress(x, positions)
-        compressed = self._pool(latent), self._pool(rope_key)
-        mixed, block_indices = self._attend(
-            query, self._gate(x), latent, rope_key, *compressed, segment_ids
+        """Maps a chunk of tokens, [B, T, D] at positions [B, T], and appends it to the cache."""
+        query, size = self._absorb(*self.query(x, positions)), x.shape[1]
+        new = zip(self._compress(x, positions), LATENTS, strict=True)
+        latent, rope_key = (
+            fill(old, in_row_order(array, *axes), chunk)
+            for old, (array, axes) in zip(cache[:2], new, strict=True)
         )
-        rows = (
-            in_row_order(array, *axes)
-            for array, axes in zip((latent, rope_key, *compressed), LATENTS, strict=True)
+        compressed_latent, compressed_rope_key = (
+            fill_blocks(old, self._pool(_slice(row, chunk, size)), chunk, size, self.cfg)
+            for old, row in zip(cache[2:4], (latent, rope_key), strict=True)
         )
-        filled = [fill(old, new) for old, new in zip(cache[:4], rows, strict=True)]
-        lists = in_row_order(block_indices, "batch", "sequence", "groups", "block")
-        cache = GlobalCache._make([*filled, last_selection(lists, lengths, self.cfg)])
-        return self._project_out(mixed), cache
+        rows = latent, rope_key, compressed_latent, compressed_rope_key
+        attend = sharded(
+            self._attend_cached,
+            (QUERY, QUERY, *LATENT_ROWS * 2, SEGMENT_IDS, LIST_IN_FORCE, CHUNK),
+            (QUERY, LISTS),
+        )
+        segment_ids = chunk.segment_ids(latent.shape[1])
+        in_force = cache.block_indices[:, None]
+        mixed, lists = attend(query, self._gate(x), *rows, segment_ids, in_force, chunk)
+        lists = in_row_order(self._without_copies(lists), "batch", "sequence", "groups", "block")
+        in_force = last_selection(lists, cache.block_indices, chunk, size, self.cfg)
+        return self._project_out(mixed), GlobalCache(*rows, in_force)
 
     def decode(
         self, x: jax.Array, position: jax.Array, cache: GlobalCache
@@ -160,7 +168,9 @@ class GroupLatentAttention(nnx.Module):
         return jax.nn.sigmoid(self.gates("BTD,DNE->BTNE", x))
 
     def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        latent = self.norm(self.down("BTD,DKR->BTKR", x))
+        latent = self.down("BTD,DKR->BTKR", x)
+        if self.norm is not None:
+            latent = self.norm(latent)
         rope_key = self.rope_key("BTD,DH->BTH", x)
         rope = self.cfg.rope_theta, self.cfg.rope_scaling
         return latent, rotate(rope_key[:, :, None], positions, *rope)[:, :, 0]
@@ -174,18 +184,19 @@ class GroupLatentAttention(nnx.Module):
     def _project_out(self, mixed: jax.Array) -> jax.Array:
         return self.output("BTNH,NHD->BTD", self.value_up("BTNR,RNH->BTNH", mixed))
 
-    def _attend(self, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Gated sum of both branches over latents [B, T, N, R], and the lists [B, M, K, L].
+    def _attend(self, *arrays: jax.Array) -> jax.Array:
+        """Gated sum of both branches over latents [B, T, N, R].
 
         Args:
             *arrays: query, gates, latent, rope_key, compressed_latent, compressed_rope_key,
                 segment_ids.
         """
-        attend = sharded(self._attend_part, (QUERY, QUERY, *LATENTS, SEGMENT_IDS), (QUERY, LISTS))
-        mixed, block_indices = attend(*arrays)
+        attend = sharded(self._attend_part, (QUERY, QUERY, *LATENTS * 2, SEGMENT_IDS), QUERY)
+        return attend(*arrays)
+
+    def _without_copies(self, lists: jax.Array) -> jax.Array:
         # More tensor shards than groups make the list of a group several times.
-        copies = block_indices.shape[2] // self.cfg.num_latent_groups
-        return mixed, block_indices[:, :, ::copies]
+        return lists[:, :, :: lists.shape[2] // self.cfg.num_latent_groups]
 
     def _attend_part(
         self,
@@ -196,41 +207,67 @@ class GroupLatentAttention(nnx.Module):
         compressed_latent: jax.Array,
         compressed_rope_key: jax.Array,
         segment_ids: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> jax.Array:
         """One device's heads and part of each row, against the latents of whole rows."""
-        latent, rope_key = gather_rows(latent, rope_key)
-        compressed_latent, compressed_rope_key = gather_rows(compressed_latent, compressed_rope_key)
-        key = _join(own_groups(latent), rope_key[:, :, None])
-        compressed_key = _join(own_groups(compressed_latent), compressed_rope_key[:, :, None])
+        rows = *gather_rows(latent, rope_key), *gather_rows(compressed_latent, compressed_rope_key)
+        keys = _own_keys(*rows)
+        return map_queries(
+            lambda query, gates, offset: self._attend_rows(
+                query, gates, keys, self._row(segment_ids, offset)
+            )[0],
+            query,
+            gates,
+        )
 
-        def attend(
-            query: jax.Array, gates: jax.Array, query_offset: jax.Array | None
-        ) -> tuple[jax.Array, jax.Array]:
-            row = {
-                "segment_ids": segment_ids,
-                "query_offset": query_offset,
-                "scale": self.scale,
-                "implementation": self.cfg.implementation,
-            }
-            return self._attend_rows(query, gates, key, compressed_key, row)
+    def _attend_cached(
+        self,
+        query: jax.Array,
+        gates: jax.Array,
+        latent: jax.Array,
+        rope_key: jax.Array,
+        compressed_latent: jax.Array,
+        compressed_rope_key: jax.Array,
+        segment_ids: jax.Array,
+        in_force: jax.Array,
+        chunk: Chunk,
+    ) -> tuple[jax.Array, jax.Array]:
+        """One device's heads and part of a chunk, against a cache; also the lists [B, M, K, L]."""
+        keys = _own_keys(latent, rope_key, compressed_latent, compressed_rope_key)
+        in_force = own_groups(in_force)[:, 0]
 
-        return map_queries(attend, query, gates)
+        def attend(query: jax.Array, gates: jax.Array, offset: jax.Array) -> tuple[jax.Array, ...]:
+            def keep(lists: jax.Array) -> jax.Array:
+                every = self.cfg.queries_per_selection
+                return keep_selection(lists, in_force, chunk, offset, every)
+
+            return self._attend_rows(query, gates, keys, self._row(segment_ids, offset), keep)
+
+        return map_queries(attend, query, gates, offset=chunk.offset)
+
+    def _row(self, segment_ids: jax.Array, query_offset: jax.Array | None) -> dict[str, Any]:
+        """What the three operations take alike."""
+        return {
+            "segment_ids": segment_ids,
+            "query_offset": query_offset,
+            "scale": self.scale,
+            "implementation": self.cfg.implementation,
+        }
 
     def _attend_rows(
         self,
         query: jax.Array,
         gates: jax.Array,
-        key: jax.Array,
-        compressed_key: jax.Array,
+        keys: tuple[jax.Array, jax.Array],
         row: dict[str, Any],
+        keep: Callable[[jax.Array], jax.Array] = lambda lists: lists,
     ) -> tuple[jax.Array, jax.Array]:
-        """Queries against whole rows; `row` holds what the three operations take alike."""
-        cfg = self.cfg
+        """Queries against whole rows of tokens and blocks; `keep` may alter the lists."""
+        cfg, (key, compressed_key) = self.cfg, keys
         compressed, lse = compressed_attention(
             query, compressed_key, None, value_dim=cfg.group_kv_lora_rank,
             block_size=cfg.compression_block_size, stride=cfg.compression_stride, **row,
         )  # fmt: skip
-        block_indices = self._select(query, compressed_key, lse, row)
+        block_indices = keep(self._select(query, compressed_key, lse, row))
         selected, _ = selected_attention(
             query, key, None, block_indices, value_dim=cfg.group_kv_lora_rank,
             block_size=cfg.selection_block_size,
@@ -288,6 +325,23 @@ def _join(latent: jax.Array, rope_key: jax.Array) -> jax.Array:
     """Keys [..., K, R + HR]: latents followed by the rotated key, broadcast over the groups."""
     rope_key = jnp.broadcast_to(rope_key, (*latent.shape[:-1], rope_key.shape[-1]))
     return jnp.concatenate([latent, rope_key], axis=-1)
+
+
+def _own_keys(
+    latent: jax.Array,
+    rope_key: jax.Array,
+    compressed_latent: jax.Array,
+    compressed_rope_key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Keys of tokens and of blocks [B, S, K, R + HR], of the groups of this tensor shard."""
+    return (
+        _join(own_groups(latent), rope_key[:, :, None]),
+        _join(own_groups(compressed_latent), compressed_rope_key[:, :, None]),
+    )
+
+
+def _slice(row: jax.Array, chunk: Chunk, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(row, chunk.offset, size, axis=1)
 
 
 def _mix(gates: jax.Array, compressed: jax.Array, selected: jax.Array) -> jax.Array:

@@ -10,14 +10,25 @@ from flax import nnx
 from asa_jax.config import ModelConfig
 from asa_jax.context_parallel import (
     KEY,
+    KEY_ROW,
     QUERY,
     SEGMENT_IDS,
+    context_size,
     gather_rows,
     in_row_order,
     map_queries,
+    map_queries_in_rows,
     map_windows,
 )
-from asa_jax.model.cached_attention import attend_cache, fill, fill_ring, ring_positions, write
+from asa_jax.model.cached_attention import (
+    Chunk,
+    attend_cache,
+    extend_ring,
+    fill,
+    ring_positions,
+    ring_segment_ids,
+    write,
+)
 from asa_jax.model.causal_attention import causal_attention
 from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
 from asa_jax.model.rope import rotate
@@ -71,24 +82,26 @@ class GroupedQueryAttention(nnx.Module):
         return GroupedQueryCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def prefill(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        lengths: jax.Array,
-        cache: GroupedQueryCache,
+        self, x: jax.Array, positions: jax.Array, chunk: Chunk, cache: GroupedQueryCache
     ) -> tuple[jax.Array, GroupedQueryCache]:
-        """As `__call__` for prompts of `lengths` [B] tokens, and fills the cache with them."""
-        query, key, value = self._project(x, positions)
-        output = self._attend(query, key, value, segment_ids)
-        key, value = in_row_order(key, *KEY), in_row_order(value, *KEY)
+        """Maps a chunk of tokens, [B, T, D] at positions [B, T], and appends it to the cache."""
+        query, *new = self._project(x, positions)
+        key, value = (in_row_order(array, *KEY) for array in new)
         if self.window_size is None:
-            cache = GroupedQueryCache(fill(cache.key, key), fill(cache.value, value))
+            cache = GroupedQueryCache(fill(cache.key, key, chunk), fill(cache.value, value, chunk))
+            attend = sharded(self._attend_rows, (QUERY, KEY_ROW, KEY_ROW, SEGMENT_IDS, ()), QUERY)
+            segment_ids = chunk.segment_ids(cache.key.shape[1])
+            output = attend(query, *cache, segment_ids, chunk.offset)
         else:
-            cache = GroupedQueryCache(
-                fill_ring(cache.key, key, lengths), fill_ring(cache.value, value, lengths)
+            segment_ids = ring_segment_ids(chunk, cache.key.shape[1], x.shape[1])
+            (key, key_ring), (value, value_ring) = (
+                extend_ring(ring, array, chunk)
+                for ring, array in zip(cache, (key, value), strict=True)
             )
-        return output, cache
+            cache = GroupedQueryCache(key_ring, value_ring)
+            attend = sharded(self._attend_recent, (QUERY, KEY_ROW, KEY_ROW, SEGMENT_IDS), QUERY)
+            output = attend(query, key, value, segment_ids)
+        return self.output("BTNH,NHD->BTD", output), cache
 
     def decode(
         self, x: jax.Array, position: jax.Array, cache: GroupedQueryCache
@@ -123,29 +136,42 @@ class GroupedQueryAttention(nnx.Module):
         self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
     ) -> jax.Array:
         """Attention of one device's heads and part of each row: [B, T, N, h]."""
-        window = self.window_size
-        if window is None:
+        if self.window_size is None:
             key, value = gather_rows(key, value)
-            return map_queries(
-                lambda query, offset: causal_attention(
-                    query,
-                    key,
-                    value,
-                    segment_ids,
-                    self.scale,
-                    offset,
-                    implementation=self.cfg.implementation,
-                ),
-                query,
-            )
+            return self._attend_rows(query, key, value, segment_ids)
+        halo = self.window_size - 1
+        return map_windows(self._attend_window, halo, (query,), (key, value), segment_ids)
 
-        def attend(
-            query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
-        ) -> jax.Array:
-            output, _ = sliding_window_attention(
-                query, key, value, window_size=window, segment_ids=segment_ids,
-                scale=self.scale, implementation=self.cfg.implementation,
-            )  # fmt: skip
-            return output
+    def _attend_rows(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segment_ids: jax.Array,
+        offset: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attention of a part of the queries, the first of which stands at `offset`, to rows."""
+        return map_queries(
+            lambda query, offset: causal_attention(
+                query, key, value, segment_ids, self.scale, offset, self.cfg.implementation
+            ),
+            query,
+            offset=offset,
+        )  # fmt: skip
 
-        return map_windows(attend, window - 1, (query,), (key, value), segment_ids)
+    def _attend_recent(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+    ) -> jax.Array:
+        """Attention of a part of a chunk's queries to rows of a window and the chunk."""
+        before = key.shape[1] - query.shape[1] * context_size()
+        return map_queries_in_rows(self._attend_window, before, (query,), (key, value, segment_ids))
+
+    def _attend_window(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+    ) -> jax.Array:
+        assert self.window_size is not None
+        output, _ = sliding_window_attention(
+            query, key, value, window_size=self.window_size, segment_ids=segment_ids,
+            scale=self.scale, implementation=self.cfg.implementation,
+        )  # fmt: skip
+        return output

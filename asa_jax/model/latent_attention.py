@@ -2,7 +2,7 @@
 
 DeepSeek-V2 (arXiv 2405.04434), equations 9 to 19:
 
-    c_t     = RMSNorm(W_DKV x_t)             [R]    the cached latent
+    c_t     = RMSNorm(W_DKV x_t)             [R]    the cached latent (`latent_norm`: the norm)
     kR_t    = RoPE(W_KR x_t)                 [HR]   one rotated key a token, shared by the heads
     k_{t,n} = [W_UK,n c_t ; kR_t]            v_{t,n} = W_UV,n c_t
     q_{t,n} = [qC_{t,n} ; RoPE(qR_{t,n})]    from x_t, or from a latent RMSNorm(W_DQ x_t)
@@ -12,6 +12,7 @@ Absorbed form, the same numbers: q'_n = W_UK,n^T qC_n scores latents directly, a
 to the weighted sum of latents. Training expands the keys, decoding absorbs.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -22,12 +23,22 @@ from asa_jax.config import ModelConfig
 from asa_jax.context_parallel import (
     QUERY,
     SEGMENT_IDS,
+    context_size,
     gather_rows,
     in_row_order,
     map_queries,
+    map_queries_in_rows,
     map_windows,
 )
-from asa_jax.model.cached_attention import attend_cache, fill, fill_ring, ring_positions, write
+from asa_jax.model.cached_attention import (
+    Chunk,
+    attend_cache,
+    extend_ring,
+    fill,
+    ring_positions,
+    ring_segment_ids,
+    write,
+)
 from asa_jax.model.causal_attention import causal_attention
 from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
 from asa_jax.model.rope import rotate
@@ -35,6 +46,7 @@ from asa_jax.sharding import constrain, sharded
 from pallas_kernels.sliding_window_attention import sliding_window_attention
 
 LATENT = ("batch", "sequence", "latent")
+LATENT_ROW = ("batch", "row", "latent")
 UP_AXES = ("latent", "heads", "head_dim")
 
 
@@ -79,7 +91,7 @@ class LatentAttention(nnx.Module):
         self.query = DecoupledQuery(cfg, rngs=rngs)
         bias = (1,) if cfg.attention_bias else ()
         self.down = Projection((size, rank), ("embed", "latent"), std, bias=bias, rngs=rngs)
-        self.norm = RMSNorm(rank, cfg.latent_norm_epsilon)
+        self.norm = RMSNorm(rank, cfg.latent_norm_epsilon) if cfg.latent_norm else None
         self.rope_key = Projection(
             (size, cfg.qk_rope_head_dim), ("embed", "head_dim"), std, bias=bias, rngs=rngs
         )
@@ -107,25 +119,26 @@ class LatentAttention(nnx.Module):
         )
 
     def prefill(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        lengths: jax.Array,
-        cache: LatentCache,
+        self, x: jax.Array, positions: jax.Array, chunk: Chunk, cache: LatentCache
     ) -> tuple[jax.Array, LatentCache]:
-        """As `__call__` for prompts of `lengths` [B] tokens, and fills the cache with them."""
-        nope, rope = self.query(x, positions)
-        latent, rope_key = self._compress(x, positions)
-        output = self._attend(nope, rope, latent, rope_key, segment_ids)
-        latent, rope_key = in_row_order(latent, *LATENT), in_row_order(rope_key, *LATENT)
+        """Maps a chunk of tokens, [B, T, D] at positions [B, T], and appends it to the cache."""
+        query = jnp.concatenate(self.query(x, positions), axis=-1)
+        new = [in_row_order(array, *LATENT) for array in self._compress(x, positions)]
+        row = (QUERY, LATENT_ROW, LATENT_ROW, UP_AXES, UP_AXES, SEGMENT_IDS)
         if self.window_size is None:
-            cache = LatentCache(fill(cache.latent, latent), fill(cache.rope_key, rope_key))
+            cache = LatentCache(*(fill(old, a, chunk) for old, a in zip(cache, new, strict=True)))
+            attend = sharded(self._attend_rows, (*row, ()), QUERY)
+            segment_ids = chunk.segment_ids(cache.latent.shape[1])
+            output = attend(query, *cache, *self._up(x.dtype), segment_ids, chunk.offset)
         else:
-            cache = LatentCache(
-                fill_ring(cache.latent, latent, lengths),
-                fill_ring(cache.rope_key, rope_key, lengths),
+            segment_ids = ring_segment_ids(chunk, cache.latent.shape[1], x.shape[1])
+            rows, rings = zip(
+                *(extend_ring(old, a, chunk) for old, a in zip(cache, new, strict=True)),
+                strict=True,
             )
+            cache = LatentCache(*rings)
+            attend = sharded(self._attend_recent, row, QUERY)
+            output = attend(query, *rows, *self._up(x.dtype), segment_ids)
         return self.output("BTNH,NHD->BTD", output), cache
 
     def decode(
@@ -146,7 +159,9 @@ class LatentAttention(nnx.Module):
         return self.output("BNH,NHD->BD", self.value_up("BNR,RNH->BNH", mixed)), cache
 
     def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        latent = self.norm(self.down("BTD,DR->BTR", x))
+        latent = self.down("BTD,DR->BTR", x)
+        if self.norm is not None:
+            latent = self.norm(latent)
         rope_key = self.rope_key("BTD,DH->BTH", x)
         rope = self.cfg.rope_theta, self.cfg.rope_scaling
         return latent, rotate(rope_key[:, :, None], positions, *rope)[:, :, 0]
@@ -167,8 +182,10 @@ class LatentAttention(nnx.Module):
             self._attend_part, (QUERY, LATENT, LATENT, UP_AXES, UP_AXES, SEGMENT_IDS), QUERY
         )
         query = jnp.concatenate([nope, rope], axis=-1)
-        up = (w.weight[...].astype(latent.dtype) for w in (self.key_up, self.value_up))
-        return attend(query, latent, rope_key, *up, segment_ids)
+        return attend(query, latent, rope_key, *self._up(latent.dtype), segment_ids)
+
+    def _up(self, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+        return tuple(w.weight[...].astype(dtype) for w in (self.key_up, self.value_up))
 
     def _attend_part(
         self,
@@ -180,28 +197,63 @@ class LatentAttention(nnx.Module):
         segment_ids: jax.Array,
     ) -> jax.Array:
         """Attention of one device's heads and part of each row; latents travel, not keys."""
-        window = self.window_size
-        if window is None:
+        up = key_up, value_up
+        if self.window_size is None:
             latent, rope_key = gather_rows(latent, rope_key)
-            key, value = _expand(latent, rope_key, key_up, value_up)
-            return map_queries(
-                lambda query, offset: causal_attention(
-                    query, key, value, segment_ids, self.scale, offset, self.cfg.implementation
-                ),
-                query,
-            )
+            return self._attend_rows(query, latent, rope_key, *up, segment_ids)
+        halo, attend = self.window_size - 1, functools.partial(self._attend_window, *up)
+        return map_windows(attend, halo, (query,), (latent, rope_key), segment_ids)
 
-        def attend(
-            query: jax.Array, latent: jax.Array, rope_key: jax.Array, segment_ids: jax.Array
-        ) -> jax.Array:
-            key, value = _expand(latent, rope_key, key_up, value_up)
-            output, _ = sliding_window_attention(
-                query, key, value, window_size=window, segment_ids=segment_ids,
-                scale=self.scale, implementation=self.cfg.implementation,
-            )  # fmt: skip
-            return output
+    def _attend_rows(
+        self,
+        query: jax.Array,
+        latent: jax.Array,
+        rope_key: jax.Array,
+        key_up: jax.Array,
+        value_up: jax.Array,
+        segment_ids: jax.Array,
+        offset: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attention of a part of the queries, the first of which stands at `offset`, to rows."""
+        key, value = _expand(latent, rope_key, key_up, value_up)
+        return map_queries(
+            lambda query, offset: causal_attention(
+                query, key, value, segment_ids, self.scale, offset, self.cfg.implementation
+            ),
+            query,
+            offset=offset,
+        )
 
-        return map_windows(attend, window - 1, (query,), (latent, rope_key), segment_ids)
+    def _attend_recent(
+        self,
+        query: jax.Array,
+        latent: jax.Array,
+        rope_key: jax.Array,
+        key_up: jax.Array,
+        value_up: jax.Array,
+        segment_ids: jax.Array,
+    ) -> jax.Array:
+        """Attention of a part of a chunk's queries to rows of a window and the chunk."""
+        before = latent.shape[1] - query.shape[1] * context_size()
+        attend = functools.partial(self._attend_window, key_up, value_up)
+        return map_queries_in_rows(attend, before, (query,), (latent, rope_key, segment_ids))
+
+    def _attend_window(
+        self,
+        key_up: jax.Array,
+        value_up: jax.Array,
+        query: jax.Array,
+        latent: jax.Array,
+        rope_key: jax.Array,
+        segment_ids: jax.Array,
+    ) -> jax.Array:
+        assert self.window_size is not None
+        key, value = _expand(latent, rope_key, key_up, value_up)
+        output, _ = sliding_window_attention(
+            query, key, value, window_size=self.window_size, segment_ids=segment_ids,
+            scale=self.scale, implementation=self.cfg.implementation,
+        )  # fmt: skip
+        return output
 
 
 def _expand(

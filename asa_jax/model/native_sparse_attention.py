@@ -9,7 +9,8 @@ unrotated keys plus a code of the place inside the block, rotated to the positio
 starts; means are of rotated keys. Any subset of the branches makes the ablations.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,83 +19,54 @@ from flax import nnx
 from asa_jax.config import ModelConfig
 from asa_jax.context_parallel import (
     KEY,
+    KEY_ROW,
     QUERY,
     SEGMENT_IDS,
+    context_size,
     gather_rows,
     in_row_order,
     map_chunks,
     map_queries,
+    map_queries_in_rows,
     map_windows,
 )
 from asa_jax.model.block_cache import (
     block_mean,
     completed_block,
     cut_blocks,
+    fill_blocks,
+    keep_selection,
     last_selection,
     selected_tokens,
     update_selection,
     visible_blocks,
 )
+from asa_jax.model.block_summary import BlockSummary
 from asa_jax.model.cached_attention import (
+    CHUNK,
+    Chunk,
     attend_cache,
-    fill,
-    fill_ring,
     ring_positions,
-    write,
+    ring_segment_ids,
     write_if,
 )
-from asa_jax.model.layers import Projection, normal_param, residual_stddev
+from asa_jax.model.layers import Projection, residual_stddev
 from asa_jax.model.rope import rotate
+from asa_jax.model.sparse_cache import (
+    KeyValue,
+    SparseCache,
+    append_chunk,
+    append_token,
+    empty_cache,
+)
 from asa_jax.sharding import constrain, sharded
-from pallas_kernels.blocks import number_of_blocks
 from pallas_kernels.compressed_attention import compressed_attention
 from pallas_kernels.select_blocks import select_blocks
 from pallas_kernels.selected_attention import selected_attention
 from pallas_kernels.sliding_window_attention import sliding_window_attention
 
 LISTS = ("batch", "sequence", "kv_heads", "block")
-
-
-class KeyValue(NamedTuple):
-    """Keys and values [B, S, K, H]."""
-
-    key: jax.Array
-    value: jax.Array
-
-
-class SparseCache(NamedTuple):
-    """What the branches keep; None where a branch is absent or reads another's tokens.
-
-    tokens: every rotated key and value, read by selection (and by the window where shared).
-    window: ring of the last window_size rotated keys and values.
-    recent: ring of the last compression_block_size keys and values, as compression takes them.
-    compressed: summaries of the complete blocks.
-    block_indices: the list in force, int32 [B, K, L].
-    """
-
-    tokens: KeyValue | None
-    window: KeyValue | None
-    recent: KeyValue | None
-    compressed: KeyValue | None
-    block_indices: jax.Array | None
-
-
-class BlockSummary(nnx.Module):
-    """Summary of a block: silu((x + code) W_1) W_2 over its l tokens at once."""
-
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        size, block, std = cfg.head_dim, cfg.compression_block_size, cfg.init_stddev
-        self.code = normal_param((block, size), ("block", "head_dim"), std, rngs)
-        into = (block, size, size)
-        axes = ("block", "head_dim", "latent")
-        self.into = Projection(into, axes, (block * size) ** -0.5, rngs=rngs)
-        self.out = Projection(into[1:], ("latent", "head_dim"), size**-0.5, rngs=rngs)
-
-    def __call__(self, blocks: jax.Array) -> jax.Array:
-        """Maps blocks [B, C, l, K, H] to [B, C, K, H]."""
-        code = self.code[...].astype(blocks.dtype)[:, None]
-        hidden = jax.nn.silu(self.into("BCLKH,LHF->BCKF", blocks + code))
-        return self.out("BCKF,FH->BCKH", hidden)
+LIST_IN_FORCE = ("batch", "kv_heads", "block")
 
 
 class NativeSparseAttention(nnx.Module):
@@ -125,62 +97,42 @@ class NativeSparseAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
-        output, _ = self._attend(x, *self._project(x, positions), positions, segment_ids)
-        return output
+        return self._attend(x, *self._project(x, positions), positions, segment_ids)
 
     def init_cache(self, batch: int, max_length: int, dtype: jnp.dtype) -> SparseCache:
         """An empty cache for rows of at most max_length tokens."""
-        cfg = self.cfg
-
-        def empty(slots: int) -> KeyValue:
-            shape = (batch, slots, cfg.num_kv_heads, cfg.head_dim)
-            return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-        compression, selection, window = self._branches()
-        blocks = number_of_blocks(max_length, cfg.compression_block_size, cfg.compression_stride)
-        own_window = window and not (selection and cfg.nsa_share_kv)
-        lists = (batch, cfg.num_kv_heads, cfg.num_selected_blocks)
-        return SparseCache(
-            tokens=empty(max_length) if selection else None,
-            window=empty(min(cfg.window_size, max_length)) if own_window else None,
-            recent=empty(cfg.compression_block_size) if compression else None,
-            compressed=empty(max(1, blocks)) if compression else None,
-            block_indices=jnp.full(lists, -1, jnp.int32) if selection else None,
-        )
+        return empty_cache(self.cfg, batch, max_length, dtype)
 
     def prefill(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        lengths: jax.Array,
-        cache: SparseCache,
+        self, x: jax.Array, positions: jax.Array, chunk: Chunk, cache: SparseCache
     ) -> tuple[jax.Array, SparseCache]:
-        """As `__call__` for prompts of `lengths` [B] tokens, and fills the cache with them."""
-        query, pairs = self._project(x, positions)
-        output, block_indices = self._attend(x, query, pairs, positions, segment_ids)
-
-        def fill_pair(part: KeyValue | None, branch: str, ring: bool) -> KeyValue | None:
-            if part is None:
-                return None
-            put = (lambda old, new: fill_ring(old, new, lengths)) if ring else fill
-            return KeyValue(*map(put, part, (in_row_order(a, *KEY) for a in pairs[branch])))
-
-        compressed = cache.compressed
-        if compressed is not None:
-            summaries = self._compress(pairs, positions)
-            rows = (in_row_order(a, *KEY, skip=self.incomplete_blocks) for a in summaries)
-            compressed = KeyValue(*map(fill, compressed, rows))
-        if block_indices is not None:
-            lists = in_row_order(block_indices, *LISTS)
-            block_indices = last_selection(lists, lengths, self.cfg)
-        return output, SparseCache(
-            tokens=fill_pair(cache.tokens, "selection", ring=False),
-            window=fill_pair(cache.window, "window", ring=True),
-            recent=fill_pair(cache.recent, "compression", ring=True),
-            compressed=compressed,
-            block_indices=block_indices,
-        )
+        """Maps a chunk of tokens, [B, T, D] at positions [B, T], and appends it to the cache."""
+        query, placed = self._project(x, positions)
+        pairs = {
+            branch: KeyValue(*(in_row_order(array, *KEY) for array in pair))
+            for branch, pair in placed.items()
+        }
+        in_force, size = cache.block_indices, x.shape[1]
+        cache, window_row, recent_row = append_chunk(cache, pairs, chunk, self.cfg)
+        if recent_row is not None:
+            cache = self._append_summaries(cache, recent_row, chunk, size)
+        kept = {"compression": cache.compressed, "selection": cache.tokens, "window": window_row}
+        rows = {branch: row for branch, row in kept.items() if row is not None}
+        segments = {b: self._segment_ids(b, row, chunk, size) for b, row in rows.items()}
+        lists = None if in_force is None else LISTS
+        attend = sharded(
+            self._attend_cached,
+            (
+                QUERY, dict.fromkeys(rows, KEY_ROW), dict.fromkeys(rows, SEGMENT_IDS),
+                lists and LIST_IN_FORCE, CHUNK,
+            ),
+            (dict.fromkeys(rows, QUERY), lists),
+        )  # fmt: skip
+        outputs, block_indices = attend(query, rows, segments, in_force, chunk)
+        if block_indices is not None and in_force is not None:
+            block_indices = in_row_order(block_indices, *LISTS)
+            in_force = last_selection(block_indices, in_force, chunk, size, self.cfg)
+        return self._combine(x, outputs), cache._replace(block_indices=in_force)
 
     def decode(
         self, x: jax.Array, position: jax.Array, cache: SparseCache
@@ -188,7 +140,7 @@ class NativeSparseAttention(nnx.Module):
         """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
         x = x[:, None]
         query, pairs = self._project(x, position[:, None])
-        cache = self._append(pairs, position, cache)
+        cache = self._append_summary(append_token(cache, pairs, position), position)
         outputs: dict[str, jax.Array] = {}
         if cache.compressed is not None:
             visible = visible_blocks(position, cache.compressed.key.shape[1], self.cfg)
@@ -210,10 +162,6 @@ class NativeSparseAttention(nnx.Module):
             outputs["window"] = self._attend_window(query[:, 0], cache, position)
         output = self._combine(x, {name: o[:, None] for name, o in outputs.items()})
         return output[:, 0], cache
-
-    def _branches(self) -> tuple[bool, bool, bool]:
-        branches = self.cfg.nsa_branches
-        return "compression" in branches, "selection" in branches, "window" in branches
 
     def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, dict[str, KeyValue]]:
         """Rotated queries [B, T, N, H], and each branch's keys and values.
@@ -265,41 +213,89 @@ class NativeSparseAttention(nnx.Module):
         pairs: dict[str, KeyValue],
         positions: jax.Array,
         segment_ids: jax.Array,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The layer's output [B, T, D] and the lists [B, M, K, L] if there is selection."""
-        cfg = self.cfg
+    ) -> jax.Array:
+        """The layer's output [B, T, D]."""
         if "compression" in pairs:
             pairs = pairs | {"compression": self._compress(pairs, positions)}
-        outputs = dict.fromkeys(cfg.nsa_branches, QUERY)
         attend = sharded(
             self._attend_part,
             (QUERY, dict.fromkeys(pairs, KEY), SEGMENT_IDS),
-            (outputs, LISTS if "selection" in pairs else None),
+            dict.fromkeys(self.cfg.nsa_branches, QUERY),
         )
-        outputs, block_indices = attend(query, pairs, segment_ids)
-        return self._combine(x, outputs), block_indices
+        return self._combine(x, attend(query, pairs, segment_ids))
 
     def _attend_part(
         self, query: jax.Array, pairs: dict[str, KeyValue], segment_ids: jax.Array
-    ) -> tuple[dict[str, jax.Array], jax.Array | None]:
-        """Each branch's output for one device's heads and part of each row, and the lists.
+    ) -> dict[str, jax.Array]:
+        """Each branch's output for one device's heads and part of each row.
 
         The pair of `compression` are summaries.
         """
-        outputs, block_indices = {}, None
+        outputs: dict[str, jax.Array] = {}
         if "compression" in pairs:
             compressed = KeyValue(*gather_rows(*pairs["compression"], skip=self.incomplete_blocks))
             tokens = KeyValue(*gather_rows(*pairs["selection"])) if "selection" in pairs else None
-            row = {"segment_ids": segment_ids, "implementation": self.cfg.implementation}
-            outputs, block_indices = map_queries(
+            outputs, _ = map_queries(
                 lambda query, offset: self._attend_blocks(
-                    query, compressed, tokens, {**row, "query_offset": offset}
+                    query, compressed, tokens, self._row(segment_ids, offset)
                 ),
                 query,
             )
         if "window" in pairs:
-            outputs["window"] = self._attend_recent(query, pairs["window"], segment_ids)
+            outputs["window"] = map_windows(
+                self._attend_recent, self.cfg.window_size - 1, (query,), pairs["window"],
+                segment_ids,
+            )  # fmt: skip
+        return outputs
+
+    def _attend_cached(
+        self,
+        query: jax.Array,
+        rows: dict[str, KeyValue],
+        segment_ids: dict[str, jax.Array],
+        in_force: jax.Array | None,
+        chunk: Chunk,
+    ) -> tuple[dict[str, jax.Array], jax.Array | None]:
+        """Each branch's output for one device's heads and part of a chunk, and the lists."""
+
+        def attend(
+            query: jax.Array, offset: jax.Array
+        ) -> tuple[dict[str, jax.Array], jax.Array | None]:
+            def keep(lists: jax.Array) -> jax.Array:
+                assert in_force is not None
+                every = self.cfg.queries_per_selection
+                return keep_selection(lists, in_force, chunk, offset, every)
+
+            row = self._row(segment_ids.get("selection", segment_ids["compression"]), offset)
+            return self._attend_blocks(query, rows["compression"], rows.get("selection"), row, keep)
+
+        outputs: dict[str, jax.Array] = {}
+        block_indices = None
+        if "compression" in rows:
+            outputs, block_indices = map_queries(attend, query, offset=chunk.offset)
+        if "window" in rows:
+            before = rows["window"].key.shape[1] - query.shape[1] * context_size()
+            outputs["window"] = map_queries_in_rows(
+                self._attend_recent, before, (query,), (*rows["window"], segment_ids["window"])
+            )
         return outputs, block_indices
+
+    def _row(self, segment_ids: jax.Array, query_offset: jax.Array | None) -> dict[str, Any]:
+        """What the operations on blocks take alike."""
+        return {
+            "segment_ids": segment_ids,
+            "query_offset": query_offset,
+            "implementation": self.cfg.implementation,
+        }
+
+    def _segment_ids(self, branch: str, row: KeyValue, chunk: Chunk, size: int) -> jax.Array:
+        """1 for the tokens that a branch knows, 0 for others: int32 [B, S]."""
+        if branch == "window":
+            return ring_segment_ids(chunk, row.key.shape[1] - size, size)
+        if branch == "selection":
+            return chunk.segment_ids(row.key.shape[1])
+        last = self.cfg.compression_stride * (row.key.shape[1] - 1)
+        return chunk.segment_ids(last + self.cfg.compression_block_size)
 
     def _attend_blocks(
         self,
@@ -307,8 +303,9 @@ class NativeSparseAttention(nnx.Module):
         compressed: KeyValue,
         tokens: KeyValue | None,
         row: dict[str, Any],
+        keep: Callable[[jax.Array], jax.Array] = lambda lists: lists,
     ) -> tuple[dict[str, jax.Array], jax.Array | None]:
-        """Queries against blocks of whole rows; `row` holds what the operations take alike."""
+        """Queries against blocks of whole rows; `keep` may alter the lists."""
         cfg = self.cfg
         output, lse = compressed_attention(
             query, *compressed, block_size=cfg.compression_block_size,
@@ -316,31 +313,28 @@ class NativeSparseAttention(nnx.Module):
         )  # fmt: skip
         if tokens is None:
             return {"compression": output}, None
-        block_indices = select_blocks(
+        block_indices = keep(select_blocks(
             query, compressed.key, lse,
             num_selected_blocks=cfg.num_selected_blocks,
             block_size=cfg.selection_block_size,
             compression_block_size=cfg.compression_block_size,
             compression_stride=cfg.compression_stride,
             queries_per_selection=cfg.queries_per_selection, **row,
-        )  # fmt: skip
+        ))  # fmt: skip
         selected, _ = selected_attention(
             query, *tokens, block_indices, block_size=cfg.selection_block_size,
             queries_per_selection=cfg.queries_per_selection, **row,
         )  # fmt: skip
         return {"compression": output, "selection": selected}, block_indices
 
-    def _attend_recent(self, query: jax.Array, pair: KeyValue, segment_ids: jax.Array) -> jax.Array:
-        def attend(
-            query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
-        ) -> jax.Array:
-            output, _ = sliding_window_attention(
-                query, key, value, window_size=self.cfg.window_size, segment_ids=segment_ids,
-                implementation=self.cfg.implementation,
-            )  # fmt: skip
-            return output
-
-        return map_windows(attend, self.cfg.window_size - 1, (query,), pair, segment_ids)
+    def _attend_recent(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+    ) -> jax.Array:
+        output, _ = sliding_window_attention(
+            query, key, value, window_size=self.cfg.window_size, segment_ids=segment_ids,
+            implementation=self.cfg.implementation,
+        )  # fmt: skip
+        return output
 
     def _combine(self, x: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
         gates = jax.nn.sigmoid(self.gates("BTD,DNE->BTNE", x))
@@ -348,24 +342,30 @@ class NativeSparseAttention(nnx.Module):
         mixed = jnp.sum(gates[..., None] * stacked, axis=-2)
         return self.output("BTNH,NHD->BTD", mixed)
 
-    def _append(
-        self, pairs: dict[str, KeyValue], position: jax.Array, cache: SparseCache
+    def _append_summaries(
+        self, cache: SparseCache, recent: KeyValue, chunk: Chunk, size: int
     ) -> SparseCache:
-        """Writes the new token to every part, and the summary of a block that it completes."""
+        """Writes the summaries of the blocks that a chunk completes.
 
-        def put(part: KeyValue | None, branch: str) -> KeyValue | None:
-            if part is None:
-                return None
-            slot = position % part.key.shape[1]
-            return KeyValue(
-                *(write(old, slot, new[:, 0]) for old, new in zip(part, pairs[branch], strict=True))
-            )
-
-        cache = cache._replace(
-            tokens=put(cache.tokens, "selection"),
-            window=put(cache.window, "window"),
-            recent=put(cache.recent, "compression"),
+        Args:
+            cache: to write to.
+            recent: tokens of the chunk and compression_block_size before it.
+            chunk: where it stands.
+            size: its tokens.
+        """
+        block, stride = self.cfg.compression_block_size, self.cfg.compression_stride
+        key, value = (cut_blocks(array[:, stride:], block, stride) for array in recent)
+        starts = chunk.offset + stride - block + stride * jnp.arange(key.shape[1])
+        summaries = self._summarise(key, value, starts[None])
+        assert cache.compressed is not None
+        compressed = (
+            fill_blocks(old, new, chunk, size, self.cfg)
+            for old, new in zip(cache.compressed, summaries, strict=True)
         )
+        return cache._replace(compressed=KeyValue(*compressed))
+
+    def _append_summary(self, cache: SparseCache, position: jax.Array) -> SparseCache:
+        """Writes the summary of a block that the token at `position` [B] completes."""
         if cache.recent is None or cache.compressed is None:
             return cache
         block, completes = completed_block(position, self.cfg)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from asa_jax.config import ModelConfig
 from asa_jax.context_parallel import context_size, in_row_order, placement, row_order
+from asa_jax.model.cached_attention import Chunk
 from asa_jax.model.global_attention import GroupLatentAttention
 from asa_jax.model.grouped_query_attention import GroupedQueryAttention
 from asa_jax.model.latent_attention import LatentAttention
@@ -60,17 +61,10 @@ class Layer(nnx.Module):
         return constrain(x, "batch", "sequence", "activation")
 
     def prefill(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        lengths: jax.Array,
-        cache: Any,
+        self, x: jax.Array, positions: jax.Array, chunk: Chunk, cache: Any
     ) -> tuple[jax.Array, Any]:
-        """As `__call__`, and fills the cache."""
-        y, cache = self.attention.prefill(
-            self.attention_norm(x), positions, segment_ids, lengths, cache
-        )
+        """Maps a chunk of tokens, [B, T, D] at positions [B, T], and appends it to the cache."""
+        y, cache = self.attention.prefill(self.attention_norm(x), positions, chunk, cache)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -157,32 +151,33 @@ class Transformer(nnx.Module):
         stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, stack + x.shape), of(self.groups))
         return [*(leading[0] if leading else ()), *stacked]
 
-    def prefill(self, inputs: jax.Array, lengths: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """Reads prompts.
+    def prefill(self, inputs: jax.Array, chunk: Chunk, cache: Any) -> tuple[jax.Array, Any]:
+        """Reads a chunk of each row and appends it to the caches.
 
         Args:
-            inputs: int [B, T], row b a prompt of lengths[b] tokens, then anything.
-            lengths: int [B], at least 1.
-            cache: of `init_cache` with max_length >= T.
+            inputs: int [B, T], T a multiple of `cfg.alignment`; token ids in [0, V) of positions
+                chunk.offset .. chunk.offset + T - 1, any where a row has none to read.
+            chunk: where they stand, and which are to be read.
+            cache: of `init_cache`, with max_length a multiple of `cfg.alignment`.
 
         Returns:
-            Hidden states of the last token of each prompt [B, D], and the cache.
+            Hidden states of the last token read of each row [B, D], and the cache.
         """
         length, context = inputs.shape[1], context_size()
-        segment_ids = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
         if context > 1:
             inputs = constrain(inputs[:, placement(length, context)], "batch", "sequence")
-        positions = jnp.broadcast_to(placement(length, context), inputs.shape)
+        positions = jnp.broadcast_to(chunk.offset + placement(length, context), inputs.shape)
 
         def apply(group: LayerGroup, x: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
             filled = []
             for layer, cache in zip(group.layers, caches, strict=True):
-                x, cache = layer.prefill(x, positions, segment_ids, lengths, cache)
+                x, cache = layer.prefill(x, positions, chunk, cache)
                 filled.append(cache)
             return x, filled
 
         x, cache = self._run(apply, self.embedding(inputs), cache)
-        last = x[jnp.arange(x.shape[0]), jnp.asarray(row_order(length, context))[lengths - 1]]
+        index = jnp.clip(chunk.after(length) - 1 - chunk.offset, 0, length - 1)
+        last = x[jnp.arange(x.shape[0]), jnp.asarray(row_order(length, context))[index]]
         return self.final_norm(last), cache
 
     def decode(self, tokens: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:

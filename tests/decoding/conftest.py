@@ -1,5 +1,6 @@
 """Models over bytes, and a run of one."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def make_config() -> MakeConfig:
 
     def make(kinds: tuple[str, ...] = ("local", "global"), **overrides: Any) -> Config:
         values = base.get_config().to_dict()
-        values["model"] = vars(tiny_model_config(kinds, **{"vocab_size": 300, **overrides}))
+        model = tiny_model_config(kinds, **{"vocab_size": 300, **overrides})
+        values["model"] = dataclasses.asdict(model)
         return config_from_dict(values)
 
     return make

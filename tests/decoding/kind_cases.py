@@ -20,6 +20,6 @@ CASES = {
     "nsa_no_compression": (("nsa",), {"nsa_branches": ("window",)}),
     "asa_scanned": (("local", "global") * 2, {"scan_layers": True}),
     "nsa_no_window": (("nsa",), {"nsa_branches": ("compression", "selection")}),
-    "groups": (("sliding", "local") * 2, {}),
+    "groups": (("sliding", "local") * 2, {"window_size": 40}),
     "no_period": (("full", "local", "full"), {"tie_embeddings": True}),
 }

@@ -11,6 +11,7 @@ from asa_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from asa_jax.decoding import steps
 from asa_jax.decoding.generate import Generator
 from asa_jax.decoding.settings import Sampling
+from asa_jax.decoding.steps import Drawn
 from asa_jax.errors import ConfigError, UserError
 from asa_jax.flags import PROJECT
 from asa_jax.model.transformer import abstract_model
@@ -36,10 +37,12 @@ class Scripted(Generator):
     def __init__(self, *rows, chunk=3):
         self.tokenizer, self._rows, self._chunk = TOKENIZER, rows, chunk
 
-    def stream_tokens(self, prompts, *, max_tokens, sampling, seed):
+    def _draw(self, prompts, max_tokens, sampling, seed, **kwargs):
         rows = np.array([(*row, *[ord("x")] * max_tokens)[:max_tokens] for row in self._rows])
         for first in range(0, max_tokens, self._chunk):
-            yield rows[:, first : first + self._chunk]
+            tokens = rows[:, first : first + self._chunk]
+            nothing = np.zeros((*tokens.shape, 0))
+            yield Drawn(tokens, tokens / -256, nothing, nothing, tokens.shape[1])
 
 
 def _tokens(generator, prompts, max_tokens, **kwargs):
@@ -72,16 +75,16 @@ def test_greedy_takes_the_argmax_of_full_forwards(make_config, generator):
         chex.assert_trees_all_equal(row, want[first : first + max_tokens].astype(np.int32))
 
 
-def test_row_depends_on_its_prompt_its_place_and_the_seed(generator):
+def test_row_depends_on_its_prompt_and_its_seed(generator):
     def draw(*prompts, seed=0):
         sampling = Sampling(0.9, top_p=0.9)
         return generator.generate(prompts, max_tokens=20, sampling=sampling, seed=seed)
 
     first = draw(*["It"] * 4, LONG)
-    assert draw(*["It"] * 4, LONG) == first
-    assert len(set(first)) == 5
-    assert draw("Is", "It", "Is", "It", LONG)[1::2] == first[1::2]
-    assert not set(draw(*["It"] * 4, LONG, seed=1)) & set(first)
+    assert len(set(first)) == 5  # seeds 0 to 4
+    assert draw("Is", LONG, "It", "Is", "It", seed=[9, 4, 3, 7, 1])[1:5:3] == [first[4], first[1]]
+    assert draw("Is", LONG, "It", "Is", "It", seed=[9, 4, 3, 7, 1])[2] == first[3]
+    assert not set(draw(*["It"] * 4, LONG, seed=5)) & set(first)
 
 
 def test_more_tokens_begin_with_the_same(generator):
@@ -109,7 +112,7 @@ def test_few_programs_are_compiled(make_config, monkeypatch):
         generator = Generator(config, random_params(config.model), TOKENIZER)
         sampling = Sampling(0.1 * seed, seed, 1 - 0.1 * seed)
         _tokens(generator, [[7] * length], max_tokens, sampling=sampling, seed=seed)
-    assert len(traced) == 2  # `start` and `advance`
+    assert len(traced) == 3  # `empty_state`, `read_chunk` and `draw_tokens`
 
 
 def test_text_ends_with_the_document():
@@ -158,7 +161,7 @@ def test_tokenizer_must_fit_the_model(make_config):
     ("rows", "max_tokens", "error", "message"),
     [
         (1, 2**20 - 1, ConfigError, "max_tokens = 1048575: must be at most 1048576 together"),
-        (100_000, 2**19, UserError, r"out of memory: caches of 100000 x 1048576 tokens take"),
+        (100_000, 2**19, UserError, r"out of memory: caches of 100000 x 557056 tokens take"),
         (1, 0, ConfigError, "max_tokens = 0"),
     ],
 )
@@ -171,6 +174,6 @@ def test_memory_that_gives_out_is_told(generator, monkeypatch):
     def exhausted(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
-    monkeypatch.setattr("asa_jax.decoding.generate.start", exhausted)
+    monkeypatch.setattr("asa_jax.decoding.runner.read_chunk", exhausted)
     with pytest.raises(UserError, match="out of memory: shorten the prompt"):
         next(generator.stream(["It"], max_tokens=3))

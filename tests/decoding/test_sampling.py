@@ -9,18 +9,20 @@ from absl.testing import parameterized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asa_jax.decoding.sampling import sample_tokens, truncate
-from asa_jax.decoding.settings import Sampling, check_request
+from asa_jax.decoding.sampling import penalise, sample_tokens, truncate
+from asa_jax.decoding.settings import Sampling, check_request, row_seeds
 from asa_jax.errors import ConfigError
 
 LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.25, 0.2]]))
+SEEN = jnp.array([True, True, False, False, False])
 NUM_DRAWS = 20_000
 
 
 def _draw(sampling: Sampling, logits: jax.Array = LOGITS, seed: int = 0) -> np.ndarray:
     keys = jax.random.split(jax.random.key(seed), NUM_DRAWS)
     rows = jnp.broadcast_to(logits, (NUM_DRAWS, logits.shape[-1]))
-    return np.asarray(jax.jit(sample_tokens)(rows, keys, sampling.checked()))
+    seen = jnp.broadcast_to(SEEN, rows.shape)
+    return np.asarray(jax.jit(sample_tokens)(rows, seen, keys, sampling.checked()))
 
 
 def _kept(logits: jax.Array, top_k: int, top_p: float) -> list[set[int]]:
@@ -40,6 +42,14 @@ class SamplingTest(parameterized.TestCase):
         (Sampling(1.0, 2, 0.6), [0, 1, 0, 0, 0]),
         # At this temperature the three largest hold 0.94.
         (Sampling(0.5, 0, 0.94), [0, 0.16, 0, 0.0625, 0.04]),
+        (Sampling(min_p=0.45), [0, 0.4, 0, 0.25, 0.2]),
+        (Sampling(min_p=1), [0, 1, 0, 0, 0]),
+        # After the temperature 0.0625 / 0.16 is too little.
+        (Sampling(0.5, min_p=0.45), [0, 0.16, 0, 0, 0]),
+        (Sampling(1.0, 3, 0.7, 0.6), [0, 0.4, 0, 0.25, 0]),
+        # Logarithms of the two that were seen, which are negative, are doubled.
+        (Sampling(repetition_penalty=2), [0.01, 0.16, 0.05, 0.25, 0.2]),
+        (Sampling(repetition_penalty=2, top_k=3), [0, 0.16, 0, 0.25, 0.2]),
     )
     def test_frequencies(self, sampling, weights):
         want = np.array(weights) / np.sum(weights)
@@ -51,7 +61,8 @@ class SamplingTest(parameterized.TestCase):
     def test_no_temperature_takes_the_largest(self, temperature):
         logits = jnp.array([[1.0, 3.0, 2.0], [1e4, -1e4, 1e4 + 1]])
         keys = jax.random.split(jax.random.key(0), 2)
-        drawn = sample_tokens(logits, keys, Sampling(temperature, 2, 0.5))
+        seen = jnp.zeros_like(logits, bool)
+        drawn = sample_tokens(logits, seen, keys, Sampling(temperature, 2, 0.5))
         chex.assert_trees_all_equal(drawn, jnp.array([1, 2], jnp.int32))
 
     def test_seed_decides(self):
@@ -63,15 +74,18 @@ class SamplingTest(parameterized.TestCase):
         keys = jax.random.split(jax.random.key(0), 3)
         logits = jax.random.normal(jax.random.key(1), (3, 50))
         order = jnp.array([2, 0, 1])
+        seen = logits > 1
         drawing = jax.jit(sample_tokens)
-        drawn = drawing(logits, keys, Sampling())
-        chex.assert_trees_all_equal(drawing(logits[order], keys[order], Sampling()), drawn[order])
+        settings = Sampling(repetition_penalty=2.0)
+        drawn = drawing(logits, seen, keys, settings)
+        reordered = drawing(logits[order], seen[order], keys[order], settings)
+        chex.assert_trees_all_equal(reordered, drawn[order])
 
     def test_settings_do_not_recompile(self):
         drawing = jax.jit(chex.assert_max_traces(sample_tokens, n=1))
         keys = jax.random.split(jax.random.key(0), 1)
-        for sampling in (Sampling(0), Sampling(1.5, 3), Sampling(0.5, 0, 0.9)):
-            drawing(LOGITS, keys, sampling.checked())
+        for sampling in (Sampling(0), Sampling(1.5, 3), Sampling(0.5, 0, 0.9, 0.1, 1.5)):
+            drawing(LOGITS, SEEN[None], keys, sampling.checked())
 
     def test_ties_go_to_lower_ids(self):
         self.assertEqual(_kept(jnp.zeros((2, 6)), 4, 0.5), [{0, 1}] * 2)
@@ -89,15 +103,36 @@ class SamplingTest(parameterized.TestCase):
         ({"top_k": -1}, "top_k = -1"),
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"top_p": 1.01}, "top_p = 1.01"),
+        ({"min_p": -0.1}, "min_p = -0.1"),
+        ({"min_p": 1.1}, "min_p = 1.1"),
+        ({"repetition_penalty": 0}, "repetition_penalty = 0"),
     )
     def test_out_of_range(self, fields, message):
         with pytest.raises(ConfigError, match=message):
             Sampling(**fields).checked()
 
-    @parameterized.parameters((0, 0, "max_tokens"), (1, -1, "seed"), (1, 2**32, "seed"))
-    def test_request_out_of_range(self, max_tokens, seed, message):
+    @parameterized.parameters(
+        ((0,), "max_tokens = 0"),
+        ((1, [-1]), "seed = -1"),
+        ((1, [0, 2**32]), "seed = 4294967296"),
+        ((1, [0], [""]), "stop = ''"),
+        ((1, [0], [], 21), "alternatives = 21"),
+    )
+    def test_request_out_of_range(self, request, message):
         with pytest.raises(ConfigError, match=message):
-            check_request(max_tokens, seed)
+            check_request(*request)
+
+    def test_penalty_makes_seen_tokens_less_likely(self):
+        logits = jnp.array([[2.0, -2.0, 1.5, -1.0]])
+        got = penalise(logits, jnp.array([[True, True, False, False]]), 2.0)
+        chex.assert_trees_all_equal(got, jnp.array([[1.0, -4.0, 1.5, -1.0]]))
+
+    def test_seeds_of_rows(self):
+        self.assertEqual(row_seeds(7, 3), [7, 8, 9])
+        self.assertEqual(row_seeds([4, 4], 2), [4, 4])
+        self.assertEqual(row_seeds(2**32 - 1, 2), [2**32 - 1, 0])
+        with pytest.raises(ConfigError, match="one for each of 3 prompts"):
+            row_seeds([1, 2], 3)
 
 
 @settings(max_examples=60, deadline=None)

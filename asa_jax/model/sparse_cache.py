@@ -1,0 +1,107 @@
+"""What native sparse attention keeps of a row, and how tokens are added to it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from asa_jax.config import ModelConfig
+from asa_jax.model.cached_attention import Chunk, extend_ring, fill, recent_row, write
+from pallas_kernels.blocks import number_of_blocks
+
+
+class KeyValue(NamedTuple):
+    """Keys and values [B, S, K, H]."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class SparseCache(NamedTuple):
+    """What the branches keep; None where a branch is absent or reads another's tokens.
+
+    tokens: every rotated key and value, read by selection (and by the window where shared).
+    window: ring of the last window_size rotated keys and values.
+    recent: ring of the last compression_block_size keys and values, as compression takes them.
+    compressed: summaries of the complete blocks.
+    block_indices: the list in force, int32 [B, K, L].
+    """
+
+    tokens: KeyValue | None
+    window: KeyValue | None
+    recent: KeyValue | None
+    compressed: KeyValue | None
+    block_indices: jax.Array | None
+
+
+def empty_cache(cfg: ModelConfig, batch: int, max_length: int, dtype: jnp.dtype) -> SparseCache:
+    """A cache for rows of at most max_length tokens, with none yet."""
+
+    def empty(slots: int) -> KeyValue:
+        shape = (batch, slots, cfg.num_kv_heads, cfg.head_dim)
+        return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    compression, selection, window = (
+        branch in cfg.nsa_branches for branch in ("compression", "selection", "window")
+    )
+    blocks = number_of_blocks(max_length, cfg.compression_block_size, cfg.compression_stride)
+    own_window = window and not (selection and cfg.nsa_share_kv)
+    lists = (batch, cfg.num_kv_heads, cfg.num_selected_blocks)
+    return SparseCache(
+        tokens=empty(max_length) if selection else None,
+        window=empty(min(cfg.window_size, max_length)) if own_window else None,
+        recent=empty(cfg.compression_block_size) if compression else None,
+        compressed=empty(max(1, blocks)) if compression else None,
+        block_indices=jnp.full(lists, -1, jnp.int32) if selection else None,
+    )
+
+
+def append_token(
+    cache: SparseCache, pairs: dict[str, KeyValue], position: jax.Array
+) -> SparseCache:
+    """Writes one token a row, of pairs [B, 1, K, H] a branch, to all but the summaries."""
+
+    def put(part: KeyValue | None, branch: str) -> KeyValue | None:
+        if part is None:
+            return None
+        slot = position % part.key.shape[1]
+        return KeyValue(
+            *(write(old, slot, new[:, 0]) for old, new in zip(part, pairs[branch], strict=True))
+        )
+
+    return cache._replace(
+        tokens=put(cache.tokens, "selection"),
+        window=put(cache.window, "window"),
+        recent=put(cache.recent, "compression"),
+    )
+
+
+def append_chunk(
+    cache: SparseCache, pairs: dict[str, KeyValue], chunk: Chunk, cfg: ModelConfig
+) -> tuple[SparseCache, KeyValue | None, KeyValue | None]:
+    """Writes a chunk of pairs [B, T, K, H] a branch to all but the summaries.
+
+    Returns:
+        The cache, and the rows [B, W + T, K, H] that the window and the compression read, W tokens
+        from before the chunk.
+    """
+    window, window_row = _extend(cache.window, pairs.get("window"), chunk)
+    recent, recent_tokens = _extend(cache.recent, pairs.get("compression"), chunk)
+    tokens = cache.tokens
+    if tokens is not None:
+        new = zip(tokens, pairs["selection"], strict=True)
+        tokens = KeyValue(*(fill(old, array, chunk) for old, array in new))
+        if window is None and "window" in cfg.nsa_branches:
+            size = pairs["window"].key.shape[1]
+            window_row = KeyValue(*(recent_row(a, chunk, cfg.window_size, size) for a in tokens))
+    return cache._replace(tokens=tokens, window=window, recent=recent), window_row, recent_tokens
+
+
+def _extend(
+    ring: KeyValue | None, pair: KeyValue | None, chunk: Chunk
+) -> tuple[KeyValue | None, KeyValue | None]:
+    """The ring with the chunk's tokens, and the row of `extend_ring`."""
+    if ring is None or pair is None:
+        return None, None
+    key, value = (extend_ring(old, new, chunk) for old, new in zip(ring, pair, strict=True))
+    return KeyValue(key[1], value[1]), KeyValue(key[0], value[0])
