@@ -114,20 +114,18 @@ class DecodeCase:
         self, arrays: dict[str, jax.Array], implementation: dispatch.Implementation | None
     ) -> Any:
         """Calls the operation."""
-        arrays = {"rope_key": None, "value": None, **arrays}
+        given: dict[str, Any] = {"rope_key": None, **arrays, "implementation": implementation}
         if self.op == "lists":
-            arrays.pop("value")
             return decode_select_blocks(
-                **arrays, block_size=self.block_size, implementation=implementation,
+                **given, block_size=self.block_size,
                 compression_block_size=self.compression_block_size,
                 compression_stride=self.compression_stride,
                 queries_per_selection=self.queries_per_selection,
             )  # fmt: skip
+        given.setdefault("value", None)
         if self.op == "selected":
-            return decode_selected_attention(
-                **arrays, block_size=self.block_size, implementation=implementation
-            )
-        return decode_attention(**arrays, implementation=implementation)
+            return decode_selected_attention(**given, block_size=self.block_size)
+        return decode_attention(**given)
 
     def cache_bytes(self, batch: int, context: int) -> int:
         """Bytes of the keys and values that a call cannot do without."""
