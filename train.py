@@ -35,6 +35,7 @@ from jax.sharding import Mesh
 
 from asa_jax.decoding.generate import Generator
 from asa_jax.decoding.settings import Sampling
+from asa_jax.interop.initial_params import load_initial_params
 from asa_jax.sharding import make_mesh
 from asa_jax.training.checkpoint import make_meta, restore_state
 from asa_jax.training.checkpoint_writer import CheckpointWriter
@@ -78,10 +79,21 @@ def restore_or_start(run: Run, trainer: Trainer, feed: Feed, meta: Mapping[str, 
     """Returns the state of the newest usable checkpoint, with the data there too, or of step 0."""
     restored = restore_state(run.workdir, trainer.state, meta, allow_changes=run.allow_changes)
     if restored is None:
-        return trainer.init()
+        return start(run, trainer, feed)
     if restored.data is not None:
         feed.train.set_state(restored.data)
     return restored.state
+
+
+def start(run: Run, trainer: Trainer, feed: Feed) -> TrainState:
+    """Returns the state of step 0: random parameters, or those of `config.init_from`."""
+    if not run.config.init_from:
+        return trainer.init()
+    path = Path(run.config.init_from).expanduser()
+    params, conversions = load_initial_params(path, run.config.model, trainer.mesh, feed.peek)
+    if jax.process_index() == 0:
+        print(f"parameters of {path}", *conversions, sep="\n  ", flush=True)
+    return trainer.init()._replace(params=params)
 
 
 def train(

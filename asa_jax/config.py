@@ -57,7 +57,8 @@ class ModelConfig:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    # mla, local, global: of the norms of latents
+    # mla, local, global: whether latents pass through an RMSNorm
+    latent_norm: bool
     latent_norm_epsilon: float
     # global: each latent of group_kv_lora_rank features serves num_heads / num_latent_groups heads
     num_latent_groups: int
@@ -340,6 +341,8 @@ class Config:
     training: TrainingConfig
     mesh: MeshConfig
     evaluation: EvaluationConfig
+    # what step 0 starts from, a run or model folder; '': random parameters
+    init_from: str
 
     def __post_init__(self) -> None:
         length, alignment = self.data.sequence_length, self.model.alignment

@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
                 "qk_nope_head_dim": 64,
                 "qk_rope_head_dim": 32,
                 "v_head_dim": 64,
+                # A fit of a full-attention model to latents is exact only without.
+                "latent_norm": True,
                 "latent_norm_epsilon": 1e-6,
                 # global
                 "num_latent_groups": 2,
@@ -147,5 +149,7 @@ def get_config() -> ConfigDict:
                 "position_bucket_tokens": 1024,
                 "seed": 0,
             },
+            # A run directory or a model folder that step 0 takes its parameters from.
+            "init_from": "",
         }
     )

@@ -68,6 +68,13 @@ class Feed:
         waited = time.monotonic() - asked
         return self._place(batch), waited
 
+    def peek(self) -> Batch:
+        """Returns the next training batch, which `next` gives again."""
+        state = self.train.get_state()
+        batch = self._place(next(self.train))
+        self.train.set_state(state)
+        return batch
+
     def validation(self) -> Iterator[Batch]:
         """The first `eval_batches` batches of validation data, the same each time."""
         batches = validation_batches(self._sources, **self._rows, **self._share)

@@ -32,7 +32,7 @@ from asa_jax.data.tokenizer import BYTES
 from asa_jax.errors import CheckpointError, ConfigError
 from asa_jax.flags import parse_run_flags
 from asa_jax.launch import Launch, define_launch_flags, read_launch
-from asa_jax.trained_run import END_OF_DOCUMENT, TOKENIZER_CONFIG
+from asa_jax.trained_run import END_OF_DOCUMENT, TOKENIZER_CONFIG, load_run_tokenizer
 from asa_jax.training.wandb_log import check_wandb
 
 CONFIG = "config.json"
@@ -89,6 +89,8 @@ def start_run() -> Run:
         check_wandb(config.training.wandb_project)
     sources = open_sources(config)
     data = run_fingerprint(config, sources)
+    if config.init_from and not _has_begun(workdir):
+        check_init_from(config.init_from, sources[0])
     lock = None
     if launch.process_id == 0:
         lock = open_run(workdir, config, allow_changes=allow.value)
@@ -189,6 +191,29 @@ def _refuse_other_data(workdir: Path, now: Mapping[str, Any]) -> None:
         refuse_changes(workdir, fingerprint_changes(before, now))
 
 
+def check_init_from(init_from: str, source: TokenFolder) -> None:
+    """Refuses to start from parameters of a model that reads other tokens.
+
+    Args:
+        init_from: a run directory or a model folder.
+        source: a token folder of the new run.
+
+    Raises:
+        ConfigError: there is no model, or it has another tokenizer.
+    """
+    folder = Path(init_from).expanduser()
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(
+            f"config.init_from = {init_from!r}: has no {CONFIG}; give a run directory or a model "
+            "folder"
+        )
+    if load_run_tokenizer(folder).fingerprint != source.tokenizer_fingerprint:
+        raise ConfigError(
+            f"config.init_from = {init_from!r}: its tokenizer is not that of {source.path}; "
+            f"prepare the data with {folder / TOKENIZER}"
+        )
+
+
 def copy_tokenizer(source: TokenFolder, workdir: Path) -> None:
     """Copies the tokenizer of a token folder to a run directory, with its end of document."""
     if source.tokenizer_fingerprint == BYTES:
@@ -270,8 +295,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Flattens sections to section.field; JSON makes lists of tuples, so both become lists."""
+    flat: dict[str, Any] = {}
+    for section, fields in config.items():
+        if isinstance(fields, Mapping):
+            flat |= {f"{section}.{name}": value for name, value in fields.items()}
+        else:
+            flat[section] = fields
     return {
-        f"{section}.{name}": list(value) if isinstance(value, tuple) else value
-        for section, fields in config.items()
-        for name, value in (fields.items() if isinstance(fields, Mapping) else ())
+        name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()
     }

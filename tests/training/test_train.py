@@ -165,3 +165,32 @@ def test_a_reader_that_goes_away_does_not_end_the_run(command, environment, tmp_
 def test_config_json_is_what_was_trained_with(finished):
     written = json.loads((finished[0] / "config.json").read_text())
     assert written["training"]["steps"] == STEPS
+
+
+def test_a_run_starts_from_the_parameters_of_another(finished, command, environment, tmp_path):
+    """Sliding layers go on as a sliding and a local one, near the loss that they had."""
+    workdir, started = finished[0], tmp_path / "started"
+    kinds = "--config.model.layer_kinds"
+    arguments = [flag for flag in command if not flag.startswith(kinds)] + [
+        f"{kinds}=('sliding', 'local')", f"--config.init_from={workdir}",
+        f"--workdir={started}", "--config.training.steps=4",
+    ]  # fmt: skip
+
+    done = subprocess.run(arguments, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"parameters of {workdir}\n  layer 1 sliding -> local: relative error" in done.stdout
+    before, now = (
+        [line["loss"] for line in read_metrics(path) if "loss" in line]
+        for path in (workdir, started)
+    )
+    assert now[0] < (before[0] + before[-1]) / 2
+
+
+def test_a_model_that_reads_other_tokens_is_no_start(train, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    shutil.copy(PROJECT / "texts" / "tokenizer.json", tmp_path)
+    for start, reason in ((tmp_path, "its tokenizer is not that of"), ("no", "has no config.json")):
+        done = train(tmp_path / "run", f"--config.init_from={start}")
+        assert done.returncode == 2
+        assert f"config.init_from = '{start}': {reason}" in done.stderr
+    assert not (tmp_path / "run").exists()
