@@ -1,10 +1,11 @@
 # make train: set up, prepare the bundled text, train the tiny model (3 minutes on 2 cores).
-# make test:  set up, run the tests.   make check: lint, types, import contract, lock file.
+# make test:  set up, run the tests.   make test-slow: those that take long.
+# make check: lint, types, import contract, lock file.
 
 PYTHON := .venv/bin/python
 TINY_RUN := runs/tiny
 
-.PHONY: setup tokens train test test-fast check format lock clean
+.PHONY: setup tokens train test test-slow check format lock clean
 
 setup: .venv/installed
 
@@ -32,10 +33,10 @@ train: setup tokens
 	@$(PYTHON) train.py --config=configs/tiny.py --workdir=$(TINY_RUN)
 
 test: setup
-	@$(PYTHON) -m pytest -n auto --dist loadfile
-
-test-fast: setup
 	@$(PYTHON) -m pytest -n auto --dist loadfile -m 'not slow'
+
+test-slow: setup
+	@$(PYTHON) -m pytest -n auto --dist loadfile -m slow
 
 check: setup
 	@$(PYTHON) -m ruff check .
