@@ -53,7 +53,7 @@ class Generator:
                 f"config.model.vocab_size = {config.model.vocab_size}: must be at least "
                 f"{tokenizer.vocab_size}, the vocabulary of the tokenizer"
             )
-        self.tokenizer = tokenizer
+        self.config, self.tokenizer = config, tokenizer
         self.runner = Runner(config.model, params, tokenizer.vocab_size, mesh, chunk_tokens)
 
     def generate(
@@ -190,7 +190,7 @@ class Generator:
         check_request(max_tokens, seeds)
         sampling = sampling.checked()
         length = self.runner.cache_length(max(map(len, prompts)), max_tokens)
-        rows = Rows(self.runner, len(prompts), length)
+        rows = Rows.empty(self.runner, len(prompts), length)
         end = self.tokenizer.end_of_document_id if until_end else None
 
         def draw() -> Iterator[Drawn]:

@@ -1,14 +1,15 @@
 """Rows of tokens that grow by reading and by drawing, with their caches."""
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from asa_jax.decoding.runner import Runner, make_draws
 from asa_jax.decoding.settings import Sampling
-from asa_jax.decoding.steps import Drawn
+from asa_jax.decoding.steps import DecodeState, Drawn
 
 # Tokens of one dispatch of a stream: few enough to come as they are drawn, many enough to hide what
 # a dispatch costs.
@@ -18,23 +19,71 @@ STREAM_TOKENS = 16
 Progress = Callable[[int, int], None]
 
 
+class SavedRow(NamedTuple):
+    """A row on the host.
+
+    Attributes:
+        tokens: that the cache holds.
+        arrays: of the state by name, with caches of `saved_length` tokens.
+        cache_length: of the caches that the row had, and will have.
+    """
+
+    tokens: list[int]
+    arrays: dict[str, np.ndarray]
+    cache_length: int
+
+
 class Rows:
     """Texts on the device.
 
     Attributes:
         tokens: what the cache holds of each row, which is all that was read or drawn; the token
             that ends a document is not read, because training never reads it.
+        cache_length: most tokens of a row.
     """
 
-    def __init__(self, runner: Runner, num_rows: int, cache_length: int) -> None:
-        """Allocates caches for rows of at most `cache_length` tokens.
+    def __init__(
+        self, runner: Runner, tokens: list[list[int]], state: DecodeState, cache_length: int
+    ) -> None:
+        """Takes over rows; use `empty` or `restore`.
+
+        Args:
+            runner: of the model.
+            tokens: of each row.
+            state: of the rows.
+            cache_length: of its caches.
+        """
+        self.tokens, self.cache_length = tokens, cache_length
+        self._runner, self._state = runner, state
+
+    @classmethod
+    def empty(cls, runner: Runner, num_rows: int, cache_length: int) -> "Rows":
+        """Rows without tokens.
 
         Raises:
-            UserError: they do not fit into memory.
+            UserError: their caches do not fit into memory.
         """
-        self.tokens: list[list[int]] = [[] for _ in range(num_rows)]
-        self._runner, self._cache_length = runner, cache_length
-        self._state = runner.empty(num_rows, cache_length)
+        tokens: list[list[int]] = [[] for _ in range(num_rows)]
+        return cls(runner, tokens, runner.empty(num_rows, cache_length), cache_length)
+
+    @classmethod
+    def restore(cls, runner: Runner, saved: SavedRow) -> "Rows":
+        """One row as it was when it was saved.
+
+        Raises:
+            UserError: its cache does not fit into memory.
+        """
+        named = named_arrays(runner.shapes(saved_length(runner, saved.tokens)))
+        structure = jax.tree.structure(runner.shapes(saved.cache_length))
+        state = jax.tree.unflatten(structure, [saved.arrays[name] for name in named])
+        state = runner.resize(state, saved.cache_length)
+        return cls(runner, [saved.tokens], state, saved.cache_length)
+
+    def save(self) -> SavedRow:
+        """The only row, on the host."""
+        (tokens,) = self.tokens
+        state = self._runner.resize(self._state, saved_length(self._runner, tokens))
+        return SavedRow(list(tokens), named_arrays(self._runner.fetch(state)), self.cache_length)
 
     def read(self, new: Sequence[Sequence[int]], progress: Progress | None = None) -> None:
         """Appends tokens to each row, chunk by chunk; their rows together fit into the caches.
@@ -43,30 +92,29 @@ class Rows:
             new: token ids for each row.
             progress: called after each chunk.
         """
-        alignment = self._runner.alignment
-        first = min(map(len, self.tokens)) // alignment * alignment
-        for row, tokens in zip(self.tokens, new, strict=True):
-            row.extend(tokens)
+        texts = [[*held, *more] for held, more in zip(self.tokens, new, strict=True)]
         lengths = np.zeros(self._state.lengths.size, np.int32)
-        lengths[: len(new)] = [len(row) for row in self.tokens]
-        last = int(max(lengths))
-        size = self._runner.chunk_size(last - first, self._cache_length)
+        lengths[: len(texts)] = [len(text) for text in texts]
+        held = [len(row) for row in self.tokens]
+        first, last = self._runner.block_start(min(held)), int(max(lengths))
+        size = self._runner.chunk_size(last - first, self.cache_length)
         for offset in range(first, last, size):
             # The last chunk may overlap with the one before it.
-            offset = min(offset, self._cache_length - size)
-            chunk = self._slice(offset, size)
+            offset = min(offset, self.cache_length - size)
+            chunk = _slice(texts, len(lengths), offset, size)
             self._state = self._runner.read(self._state, chunk, offset, lengths)
+            # Chunk by chunk, so that what is read is known after an interrupt too.
+            for row, text in enumerate(texts):
+                self.tokens[row] = text[: max(held[row], offset + size)]
             if progress:
                 jax.block_until_ready(self._state.lengths)
                 progress(min(offset + size, last) - first, last - first)
 
-    def _slice(self, offset: int, size: int) -> np.ndarray:
-        """Tokens int32 [B, size] from a position on, 0 behind the rows."""
-        tokens = np.zeros((self._state.lengths.size, size), np.int32)
-        for row, known in zip(tokens, self.tokens, strict=False):
-            part = known[offset : offset + size]
-            row[: len(part)] = part
-        return tokens
+    def resize(self, cache_length: int) -> None:
+        """Brings the caches to another length, which all rows fit in."""
+        if cache_length != self.cache_length:
+            self._state = self._runner.resize(self._state, cache_length)
+            self.cache_length = cache_length
 
     def draw(
         self,
@@ -78,7 +126,7 @@ class Rows:
         num_alternatives: int = 0,
         steps_per_dispatch: int = STREAM_TOKENS,
         dispatches_ahead: int = 1,
-    ) -> Iterator[Drawn]:
+    ) -> Generator[Drawn]:
         """Draws tokens until every row has ended or has `max_tokens` more.
 
         Args:
@@ -128,3 +176,23 @@ class Rows:
                     break
                 self.tokens[row].append(token)
         return drawn
+
+
+def saved_length(runner: Runner, tokens: Sequence[int]) -> int:
+    """Length of the caches in which a row is saved: its tokens in whole blocks."""
+    return runner.block_start(len(tokens) - 1) + runner.cfg.alignment
+
+
+def named_arrays(state: DecodeState) -> dict[str, Any]:
+    """The arrays of a state, or their shapes, by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _slice(texts: Sequence[Sequence[int]], num_rows: int, offset: int, size: int) -> np.ndarray:
+    """Tokens int32 [num_rows, size] of texts from a position on, 0 behind them."""
+    tokens = np.zeros((num_rows, size), np.int32)
+    for row, text in zip(tokens, texts, strict=False):
+        part = text[offset : offset + size]
+        row[: len(part)] = part
+    return tokens

@@ -1,6 +1,7 @@
 """Runs the compiled steps of decoding on a model's devices."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +14,15 @@ from asa_jax.config import MAX_EVALUATION_TOKENS, ModelConfig
 from asa_jax.context_parallel import row_multiple
 from asa_jax.decoding.cache_bytes import allocated_bytes
 from asa_jax.decoding.settings import Sampling
-from asa_jax.decoding.steps import DecodeState, Drawn, Draws, draw_tokens, empty_state, read_chunk
+from asa_jax.decoding.steps import (
+    DecodeState,
+    Drawn,
+    Draws,
+    draw_tokens,
+    empty_state,
+    read_chunk,
+    resize_state,
+)
 from asa_jax.errors import ConfigError, UserError
 
 MIN_BUCKET_TOKENS = 64
@@ -56,10 +65,9 @@ class Runner:
             )
         self._chunk_tokens = chunk_tokens
 
-    @property
-    def alignment(self) -> int:
-        """What the position of a chunk must be a multiple of."""
-        return self.cfg.alignment
+    def block_start(self, position: int) -> int:
+        """The start of the block of a position, where a chunk may begin."""
+        return position // self.cfg.alignment * self.cfg.alignment
 
     def num_rows(self, num_texts: int) -> int:
         """Rows of the arrays for so many texts: a multiple of what the mesh divides."""
@@ -106,12 +114,28 @@ class Runner:
         with self._devices():
             return empty_state(cfg=self.cfg, num_rows=num_rows, cache_length=cache_length)
 
+    def shapes(self, cache_length: int) -> DecodeState:
+        """Shapes and dtypes of the state of one text."""
+        return jax.eval_shape(
+            functools.partial(empty_state, cfg=self.cfg, num_rows=1, cache_length=cache_length)
+        )
+
     def read(
         self, state: DecodeState, tokens: np.ndarray, offset: int, lengths: np.ndarray
     ) -> DecodeState:
         """Reads a chunk; arguments as of `steps.read_chunk`."""
         with self._devices():
             return read_chunk(self.params, state, tokens, np.int32(offset), lengths, cfg=self.cfg)
+
+    def resize(self, state: DecodeState, cache_length: int) -> DecodeState:
+        """The same rows with caches of another length.
+
+        Raises:
+            UserError: the new caches do not fit into memory beside the old ones.
+        """
+        self._check_memory(state.lengths.size, cache_length)
+        with self._devices():
+            return resize_state(state, cfg=self.cfg, cache_length=cache_length)
 
     def draw(
         self, state: DecodeState, draws: Draws, num_steps: int, *, size: int, num_alternatives: int
