@@ -1,13 +1,32 @@
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
+from asa_jax.decoding.generate import Generator
+from asa_jax.decoding.settings import Sampling
+from asa_jax.interop.architectures import read_architecture
 from asa_jax.interop.huggingface import load_model
-from asa_jax.model.transformer import abstract_model
-from tests.interop.reference_cases import CASES, PROMPT, REFERENCE, write_model
+from asa_jax.interop.tensor_table import all_places
+from asa_jax.model.transformer import abstract_model, layer_places
+from tests.interop.reference_cases import (
+    CASES,
+    NUM_GREEDY_TOKENS,
+    PROMPT,
+    REFERENCE,
+    write_model,
+)
 from tests.models import QUICK_COMPILE
+from tests.simulated_devices import run_on_eight_devices
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -17,6 +36,102 @@ def test_logits_equal_those_of_transformers(tmp_path, name):
     found = _logits(cfg, params, tokens)
     np.testing.assert_allclose(found, logits, atol=1e-4, rtol=0)
     np.testing.assert_array_equal(found[len(PROMPT) - 1 : -1].argmax(-1), tokens[len(PROMPT) :])
+
+
+@pytest.mark.parametrize("name", ["llama3", "deepseek_v3"])
+def test_greedy_text_equals_that_of_transformers(tmp_path, name):
+    cfg, params, tokenizer = load_model(write_model(tmp_path, CASES[name]))
+    generator = Generator(SimpleNamespace(model=cfg), params, tokenizer, chunk_tokens=16)
+    drawn = generator.stream_tokens(
+        [PROMPT.tolist()], max_tokens=NUM_GREEDY_TOKENS, sampling=Sampling(temperature=0)
+    )
+    tokens, _ = _reference(name)
+    np.testing.assert_array_equal(np.concatenate(list(drawn), axis=1)[0], tokens[len(PROMPT) :])
+
+
+def test_logits_of_a_mesh():
+    tokens, logits = _reference("deepseek_v3")
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), CASES["deepseek_v3"])
+        found = run_on_eight_devices(
+            Path(__file__).with_name("sharded_logits.py"),
+            {"folder": folder, "tokens": tokens.tolist()},
+        )
+    np.testing.assert_allclose(found, np.stack([logits] * 2), atol=1e-4, rtol=0)
+
+
+def test_layers_that_are_not_stacked(tmp_path):
+    write_model(tmp_path, CASES["glm4_moe_lite"])
+    cfg, params, _ = load_model(tmp_path)
+    assert params["prefix"]["layers"][0]["mlp"]["up"]["weight"].shape == (32, 40)
+    assert params["groups"]["layers"][0]["mlp"]["up"].shape == (2, 8, 32, 12)
+    tokens, logits = _reference("glm4_moe_lite")
+    listed = dataclasses.replace(cfg, scan_layers=False)
+    params["groups"] = {i: jax.tree.map(lambda x, i=i: x[i], params["groups"]) for i in range(2)}
+    np.testing.assert_allclose(_logits(listed, params, tokens), logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tensors_come_back_from_parameters(tmp_path, name):
+    write_model(tmp_path, CASES[name])
+    cfg, table = read_architecture(tmp_path)
+    _, params, _ = load_model(tmp_path)
+    flat = nnx.traversals.flatten_mapping(jax.tree.map(np.asarray, params))
+    expected = load_file(tmp_path / "model.safetensors")
+    found = {key: np.full_like(tensor, np.nan) for key, tensor in expected.items()}
+    for place in all_places(table, layer_places(cfg)):
+        place.row.write(found[place.tensor], flat[place.path][place.stacked], table.sizes)
+    for key, tensor in expected.items():
+        np.testing.assert_array_equal(found[key], tensor, key)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "expected"),
+    [
+        ("bfloat16", None, "bfloat16"),
+        ("float16", None, "float16"),
+        ("bfloat16", "float32", "float32"),
+    ],
+)
+def test_dtypes(tmp_path, stored, asked, expected):
+    write_model(tmp_path, CASES["smollm2"] | {"dtype": stored}, jnp.dtype(stored))
+    cfg, params, _ = load_model(tmp_path, param_dtype=asked)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {expected}
+    assert cfg.compute_dtype == "bfloat16"
+    tensors = load_file(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(
+        params["groups"]["layers"][0]["mlp"]["up"]["weight"][1],
+        tensors["model.layers.1.mlp.up_proj.weight"].T.astype(expected),
+    )
+
+
+def test_parameters_of_several_files_and_dtypes(tmp_path):
+    write_model(tmp_path, CASES["qwen3"])
+    _, expected, _ = load_model(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    norm = "model.layers.2.input_layernorm.weight"
+    tensors[norm] = tensors[norm].astype(ml_dtypes.bfloat16)
+    expected["groups"]["layers"][0]["attention_norm"]["scale"] = np.stack(
+        [tensors[f"model.layers.{i}.input_layernorm.weight"].astype(np.float32) for i in range(3)]
+    )
+    places = {name: f"{i % 3}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(places.values()):
+        save_file({n: t for n, t in tensors.items() if places[n] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    _, found, _ = load_model(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_tokenizer_is_that_of_the_folder(tmp_path):
+    write_model(tmp_path, CASES["smollm2"])
+    _, _, tokenizer = load_model(tmp_path)
+    assert tokenizer.encode("w3 w45") == [3, 45]
+    assert tokenizer.end_of_document == "</s>"
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "w7"}}')
+    _, _, tokenizer = load_model(tmp_path)
+    assert tokenizer.end_of_document_id == 7
 
 
 def _reference(name):
@@ -30,6 +145,5 @@ def _logits(cfg, params, tokens):
         positions = jnp.arange(tokens.shape[1])[None]
         return model(tokens, positions, jnp.ones_like(tokens)) @ model.unembedding()
 
-    with jax.default_matmul_precision("highest"):
-        forward = jax.jit(forward, compiler_options=QUICK_COMPILE)
-        return np.asarray(forward(params, tokens[None]))[0]
+    forward = jax.jit(forward, compiler_options=QUICK_COMPILE)
+    return np.asarray(forward(params, tokens[None]))[0]
