@@ -1,4 +1,4 @@
-"""Which model folders of Hugging Face can be imported. Imports no jax, to refuse one at once."""
+"""Which model folders can be imported. Imports no jax, to refuse one at once."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from asa_jax.interop.deepseek import (
     read_deepseek_v3,
     read_glm4_moe_lite,
 )
+from asa_jax.interop.export_native import native_table, read_native
 from asa_jax.interop.hugging_face_config import HuggingFaceConfig
 from asa_jax.interop.llama import llama_table, read_llama, read_qwen3
 from asa_jax.interop.tensor_table import Table
@@ -41,8 +42,11 @@ def read_architecture(folder: Path) -> tuple[ModelConfig, Table]:
             cfg = read_deepseek_v3(source)
         case "glm4_moe_lite":
             cfg = read_glm4_moe_lite(source)
+        case "asa_jax":
+            cfg = read_native(folder)
+            return cfg, native_table(cfg)
         case _:
-            known = "llama, qwen3, deepseek_v2, deepseek_v3, glm4_moe_lite"
+            known = "asa_jax, llama, qwen3, deepseek_v2, deepseek_v3, glm4_moe_lite"
             raise source.error("model_type", f"one of {known}; others are not supported")
     behind = source.integer("num_nextn_predict_layers", 0)
     return cfg, deepseek_table(cfg, source.flag("rope_interleave", True), behind)

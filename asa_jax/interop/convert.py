@@ -122,7 +122,7 @@ def _check_layer(
             "kind, go between full and sliding or mla and local, or from full or sliding to mla, "
             "local or global"
         )
-    there, here = (_table(_abstract_layer(number, cfg)[1]) for cfg in (source, target))
+    there, here = (_table(abstract_layer(number, cfg)[1]) for cfg in (source, target))
     if _is_fitted(before, now):
         _require_equal("num_heads", source, target, where)
         _require_equal("attention_bias", source, target, where)
@@ -193,7 +193,7 @@ def _table(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 @functools.cache
-def _abstract_layer(number: int, cfg: ModelConfig) -> tuple[Any, Any]:
+def abstract_layer(number: int, cfg: ModelConfig) -> tuple[Any, Any]:
     """The graph definition of a layer for `nnx.merge`, and its parameters without their values."""
     kind = cfg.layer_kinds[number]
     experts = cfg.experts.num_experts > 0 and number >= cfg.experts.num_dense_layers
@@ -216,7 +216,7 @@ def _convert(
     layers = split_layers(source, params)
     errors: dict[int, tuple[jax.Array, ...]] = {}
     for i, (before, now) in enumerate(zip(source.layer_kinds, target.layer_kinds, strict=True)):
-        layer = nnx.merge(_abstract_layer(i, source)[0], layers[i])
+        layer = nnx.merge(abstract_layer(i, source)[0], layers[i])
         if before != now:
             normed = layer.attention_norm(x)
             counted = batch["segment_ids"] > 0
@@ -226,7 +226,7 @@ def _convert(
                     layers[i]["attention"], source, target, now, normed, counted
                 )
                 layers[i] = {**layers[i], "attention": attention}
-            converted = nnx.merge(_abstract_layer(i, target)[0], layers[i])
+            converted = nnx.merge(abstract_layer(i, target)[0], layers[i])
             expected, found = (
                 module.attention(normed, batch["positions"], segment_ids)
                 for module in (layer, converted)

@@ -1,4 +1,4 @@
-"""Parameters that a run starts from: those of another run, converted where layers differ."""
+"""Parameters that a run starts from: of another run or a model folder, converted where need be."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +8,19 @@ from jax.sharding import Mesh
 
 from asa_jax.config import ModelConfig
 from asa_jax.interop.convert import LayerConversion, convert_params
+from asa_jax.interop.huggingface import load_model
 from asa_jax.training.checkpoint import restore_params
+from asa_jax.training.run_directory import CHECKPOINTS
 from asa_jax.training.step import Batch
 
 
 def load_initial_params(
     path: Path, cfg: ModelConfig, mesh: Mesh, batch: Callable[[], Batch]
 ) -> tuple[Any, list[LayerConversion]]:
-    """Loads the newest parameters of a run and converts them; under `jax.set_mesh(mesh)`.
+    """Loads parameters, the newest ones of a run, and converts them; under `jax.set_mesh(mesh)`.
 
     Args:
-        path: a run directory.
+        path: a run directory or a model folder.
         cfg: the model that starts from them.
         mesh: the devices.
         batch: gives real text, on which layers are fitted.
@@ -28,7 +30,12 @@ def load_initial_params(
 
     Raises:
         CheckpointError: the run has no usable checkpoint.
+        ImportedModelError: the model folder is damaged, or its architecture not supported.
         ConfigError: there is no conversion to this model.
     """
-    source, params, _ = restore_params(path, mesh)
-    return convert_params(params, source.model, cfg, mesh, batch())
+    if (path / CHECKPOINTS).is_dir():
+        config, params, _ = restore_params(path, mesh)
+        source = config.model
+    else:
+        source, params, _ = load_model(path, mesh)
+    return convert_params(params, source, cfg, mesh, batch())

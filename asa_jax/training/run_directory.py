@@ -16,6 +16,7 @@ Imports no jax, so that a second trainer or a changed field is refused at once.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -32,7 +33,7 @@ from asa_jax.data.tokenizer import BYTES
 from asa_jax.errors import CheckpointError, ConfigError
 from asa_jax.flags import parse_run_flags
 from asa_jax.launch import Launch, define_launch_flags, read_launch
-from asa_jax.trained_run import END_OF_DOCUMENT, TOKENIZER_CONFIG, load_run_tokenizer
+from asa_jax.trained_run import END_OF_DOCUMENT, TOKENIZER_CONFIG
 from asa_jax.training.wandb_log import check_wandb
 
 CONFIG = "config.json"
@@ -207,10 +208,12 @@ def check_init_from(init_from: str, source: TokenFolder) -> None:
             f"config.init_from = {init_from!r}: has no {CONFIG}; give a run directory or a model "
             "folder"
         )
-    if load_run_tokenizer(folder).fingerprint != source.tokenizer_fingerprint:
+    tokenizer = folder / TOKENIZER
+    found = hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else BYTES
+    if found != source.tokenizer_fingerprint:
         raise ConfigError(
             f"config.init_from = {init_from!r}: its tokenizer is not that of {source.path}; "
-            f"prepare the data with {folder / TOKENIZER}"
+            f"prepare the data with {tokenizer}"
         )
 
 

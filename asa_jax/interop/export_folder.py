@@ -1,0 +1,148 @@
+"""Writes a model folder: config.json, tokenizer.json and safetensors."""
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from asa_jax.config import Config, config_to_dict
+from asa_jax.data.tokenizer import Tokenizer
+from asa_jax.errors import UserError
+from asa_jax.interop.export_llama import is_llama, llama_fields
+from asa_jax.interop.export_native import native_fields, native_table
+from asa_jax.interop.export_options import GIGABYTE, check_output
+from asa_jax.interop.export_tokenizer import write_tokenizer
+from asa_jax.interop.hugging_face_config import CONFIG_FILE
+from asa_jax.interop.llama import llama_table
+from asa_jax.interop.safetensors_files import INDEX_FILE, SINGLE_FILE
+from asa_jax.interop.tensor_table import Place, Table, all_places
+from asa_jax.model.transformer import layer_places
+
+
+def export_model(
+    config: Config,
+    params: Any,
+    tokenizer: Tokenizer,
+    output: Path,
+    *,
+    dtype: str = "float32",
+    max_file_bytes: int = 5 * GIGABYTE,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model folder, whole or not at all.
+
+    Args:
+        config: of the run.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        output: the folder.
+        dtype: of the tensors.
+        max_file_bytes: of one safetensors file, unless a single tensor is larger.
+        overwrite: replace a model that is there.
+
+    Raises:
+        ConfigError: there is a folder that may not be replaced.
+        UserError: a file cannot be written.
+    """
+    check_output(output, overwrite=overwrite)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        _write_config(partial, config, tokenizer, dtype)
+        write_tokenizer(partial, tokenizer, config.data.sequence_length)
+        _write_tensors(partial, config, params, dtype, max_file_bytes)
+        _replace(output, partial)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(output: Path, partial: Path) -> None:
+    """Gives `partial` the name `output`; what was there is removed last."""
+    if output.exists():
+        old = partial.with_suffix(".old")
+        output.rename(old)
+        partial.rename(output)
+        shutil.rmtree(old)
+    else:
+        partial.rename(output)
+
+
+def _write_config(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) -> None:
+    cfg = config.model
+    known = is_llama(cfg)
+    fields = llama_fields(config) if known else native_fields(config_to_dict(config)["model"])
+    fields |= {
+        "vocab_size": cfg.vocab_size,
+        "max_position_embeddings": config.data.sequence_length,
+        "eos_token_id": tokenizer.end_of_document_id,
+        "bos_token_id": None,
+        "dtype": dtype,
+    }
+    _write_json(folder / CONFIG_FILE, fields)
+    _write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.end_of_document_id})
+
+
+def _write_tensors(
+    folder: Path, config: Config, params: Any, dtype: str, max_file_bytes: int
+) -> None:
+    cfg = config.model
+    table = llama_table(cfg) if is_llama(cfg) else native_table(cfg)
+    parts: dict[str, list[Place]] = defaultdict(list)
+    for place in all_places(table, layer_places(cfg)):
+        parts[place.tensor].append(place)
+    flat = nnx.traversals.flatten_mapping(params)
+    nbytes = {name: _num_bytes(places[0], table, dtype) for name, places in parts.items()}
+    files = _distribute(nbytes, max_file_bytes)
+    for file, names in files.items():
+        tensors = {name: _tensor(parts[name], table, flat, dtype) for name in names}
+        # transformers before version 5 asks for this word.
+        save_file(tensors, folder / file, {"format": "pt"})
+        (folder / file).chmod(0o644)  # the library leaves others no right to read
+    if len(files) > 1:
+        places = {name: file for file, names in files.items() for name in names}
+        total = {"total_size": sum(nbytes.values())}
+        _write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": places})
+
+
+def _distribute(nbytes: dict[str, int], max_file_bytes: int) -> dict[str, list[str]]:
+    """Names of tensors by file, in their order; a file is full before the next one begins."""
+    files: list[list[str]] = [[]]
+    room = max_file_bytes
+    for name, size in nbytes.items():
+        if files[-1] and size > room:
+            files.append([])
+            room = max_file_bytes
+        files[-1].append(name)
+        room -= size
+    if len(files) == 1:
+        return {SINGLE_FILE: files[0]}
+    total = len(files)
+    return {f"model-{i:05}-of-{total:05}.safetensors": names for i, names in enumerate(files, 1)}
+
+
+def _num_bytes(place: Place, table: Table, dtype: str) -> int:
+    return int(np.prod(place.row.tensor_shape(table.sizes))) * jnp.dtype(dtype).itemsize
+
+
+def _tensor(
+    places: Sequence[Place], table: Table, params: dict[Any, Any], dtype: str
+) -> np.ndarray:
+    tensor = np.empty(places[0].row.tensor_shape(table.sizes), jnp.dtype(dtype))
+    for place in places:
+        values = np.asarray(params[place.path][place.stacked]).astype(tensor.dtype)
+        place.row.write(tensor, values, table.sizes)
+    return tensor
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
