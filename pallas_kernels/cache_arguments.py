@@ -4,6 +4,8 @@ import jax
 
 from pallas_kernels.arguments import check_integers, check_shape
 
+KEYS_MULTIPLE = 8  # keys of a cache that the kernels take: they copy so many at least
+
 
 def check_cache(
     query: jax.Array,

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.blocks import number_of_blocks
+from pallas_kernels.cache_arguments import KEYS_MULTIPLE
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_select_blocks import decode_select_blocks
 from pallas_kernels.decode_selected_attention import decode_selected_attention
 
 ITEM_BYTES = 2  # bfloat16
-ROWS_MULTIPLE = 8  # of a cache that the kernels take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DecodeCase:
     def shapes(self, batch: int, context: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the floating-point arrays of a call."""
         num_keys = context if self.op == "selected" else self.seen_keys(context)
-        num_keys += -num_keys % ROWS_MULTIPLE
+        num_keys += -num_keys % KEYS_MULTIPLE
         keys = (batch, num_keys, self.num_kv_heads, self.width)
         shapes: dict[str, tuple[int, ...]] = {
             "query": (batch, self.num_heads, self.width + self.rope_dim),

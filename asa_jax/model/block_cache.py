@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from asa_jax.config import ModelConfig
-from asa_jax.model.cached_attention import Chunk
+from asa_jax.model.cached_attention import TOKEN, Chunk, Keys
+from asa_jax.sharding import sharded
 from pallas_kernels.blocks import number_of_blocks
-from pallas_kernels.select_blocks.reference import block_importance, choose_blocks
+from pallas_kernels.cache_arguments import KEYS_MULTIPLE
+from pallas_kernels.decode_select_blocks import decode_select_blocks
 
 
 def cut_blocks(x: jax.Array, block_size: int, stride: int) -> jax.Array:
@@ -29,6 +31,19 @@ def block_mean(blocks: jax.Array, axis: int) -> jax.Array:
     return jnp.mean(blocks, axis=axis, dtype=wide).astype(blocks.dtype)
 
 
+def summary_slots(max_length: int, cfg: ModelConfig) -> int:
+    """Slots for the summaries of the blocks of so many tokens, as the kernels take them."""
+    count = number_of_blocks(max_length, cfg.compression_block_size, cfg.compression_stride)
+    return max(1, -(-count // KEYS_MULTIPLE)) * KEYS_MULTIPLE
+
+
+def summaries_of(cache: jax.Array, num_tokens: int, cfg: ModelConfig) -> jax.Array:
+    """Those [B, C, ...] of a row of so many tokens, of a cache [B, slots, ...]."""
+    return cache[
+        :, : number_of_blocks(num_tokens, cfg.compression_block_size, cfg.compression_stride)
+    ]
+
+
 def completed_block(position: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Which compression block ends at `position` [B]: its number, and whether one does."""
     beyond = position + 1 - cfg.compression_block_size
@@ -36,59 +51,54 @@ def completed_block(position: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, j
     return beyond // cfg.compression_stride, completes
 
 
-def visible_blocks(position: jax.Array, num_blocks: int, cfg: ModelConfig) -> jax.Array:
-    """Compression blocks that are complete at `position` [B]: bool [B, C]."""
-    ends = cfg.compression_stride * jnp.arange(num_blocks) + cfg.compression_block_size - 1
-    return ends <= position[:, None]
+def complete_blocks(position: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """How many compression blocks are complete at `position` [B]: int [B]."""
+    return jnp.maximum(0, completed_block(position, cfg)[0] + 1)
 
 
 def update_selection(
-    probabilities: jax.Array, position: jax.Array, block_indices: jax.Array, cfg: ModelConfig
+    query: jax.Array,
+    keys: Keys,
+    lse: jax.Array,
+    block_indices: jax.Array,
+    position: jax.Array,
+    cfg: ModelConfig,
+    scale: float,
 ) -> jax.Array:
     """The blocks to attend to at `position`: a new list for the first query of a group only.
 
     Args:
-        probabilities: compressed attention of the token, float32 [B, K, G, C].
-        position: int [B].
+        query: [B, N, H].
+        keys: of compression blocks.
+        lse: [B, N], log-sum-exp of the scores of the complete ones.
         block_indices: int32 [B, K, L], the list of the previous token.
+        position: int [B].
         cfg: sizes of blocks and lists.
+        scale: factor on the scores.
 
     Returns:
         int32 [B, K, L], ascending, -1 at the end.
     """
-    # As many tokens as a cache with this many complete blocks can hold.
-    tokens = cfg.compression_stride * probabilities.shape[-1] + cfg.compression_block_size - 1
-    importance = block_importance(
-        probabilities,
-        num_blocks=-(-tokens // cfg.selection_block_size),
-        block_size=cfg.selection_block_size,
-        compression_block_size=cfg.compression_block_size,
-        compression_stride=cfg.compression_stride,
-    )
-    own = (position // cfg.selection_block_size)[:, None, None]
-    fresh = choose_blocks(importance, own, jnp.zeros_like(own), cfg.num_selected_blocks)
-    starts_group = (position % cfg.queries_per_selection == 0)[:, None, None]
-    return jnp.where(starts_group, fresh, block_indices)
 
+    def choose(
+        query: jax.Array, keys: Keys, lse: jax.Array, block_indices: jax.Array, lengths: jax.Array
+    ) -> jax.Array:
+        return decode_select_blocks(
+            query, keys.key, lse, block_indices, lengths,
+            block_size=cfg.selection_block_size,
+            compression_block_size=cfg.compression_block_size,
+            compression_stride=cfg.compression_stride,
+            queries_per_selection=cfg.queries_per_selection,
+            rope_key=keys.rope_key, scale=scale, implementation=cfg.implementation,
+        )  # fmt: skip
 
-def selected_tokens(
-    block_indices: jax.Array, position: jax.Array, block_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Positions of the tokens of the listed blocks, and which of them may be seen.
-
-    Args:
-        block_indices: int32 [B, K, L], -1 for none.
-        position: int [B], of the query.
-        block_size: tokens of a block.
-
-    Returns:
-        int [B, L * block_size, K] positions and bool of the same shape.
-    """
-    tokens = block_indices[..., None] * block_size + jnp.arange(block_size)
-    visible = (block_indices[..., None] >= 0) & (tokens <= position[:, None, None, None])
-    shape = (*block_indices.shape[:2], -1)
-    tokens, visible = jnp.maximum(tokens, 0).reshape(shape), visible.reshape(shape)
-    return jnp.moveaxis(tokens, 1, 2), jnp.moveaxis(visible, 1, 2)
+    axes = keys.axes()
+    lists = ("batch", axes.key[2], "block")
+    # All heads of a latent count for its list, even if a tensor shard has some of them only.
+    heads = TOKEN[:2] if keys.value is not None else ("batch", "groups")
+    in_axes = ((*heads, "head_dim"), axes, heads, lists, ("batch",))
+    chosen = sharded(choose, in_axes, lists)
+    return chosen(query, keys, lse, block_indices, position + 1)
 
 
 def fill_blocks(

@@ -4,10 +4,17 @@ A cache array holds tokens on axis 1. Layers with a window keep a ring: token p 
 p % window_size. `position` is that of the new token in its row, so rows may have different lengths.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from asa_jax.config import ModelConfig
+from asa_jax.sharding import own_groups, sharded
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_selected_attention import decode_selected_attention
+
+TOKEN = ("batch", "heads", "head_dim")
 
 
 class Chunk(NamedTuple):
@@ -125,33 +132,96 @@ def write_if(cache: jax.Array, slot: jax.Array, token: jax.Array, keep: jax.Arra
     return cache.at[rows, slot].set(jnp.where(keep, token.astype(cache.dtype), cache[rows, slot]))
 
 
+class Keys(NamedTuple):
+    """What one new token a row attends to.
+
+    Attributes:
+        key: [B, S, K, R].
+        value: [B, S, K, h]; None for latents, which are keys and values.
+        rope_key: what the heads share of a key, [B, S, HR]; None where there is none.
+    """
+
+    key: Any
+    value: Any = None
+    rope_key: Any = None
+
+    def axes(self) -> "Keys":
+        """Logical axes; every tensor shard has all latents."""
+        heads = ("groups", "latent") if self.value is None else ("kv_heads", "head_dim")
+        key = ("batch", "row", *heads)
+        rope_key = None if self.rope_key is None else ("batch", "row", "latent")
+        return Keys(key, None if self.value is None else key, rope_key)
+
+    def own(self) -> "Keys":
+        """Those of the heads of this tensor shard, inside `sharded`."""
+        return self if self.value is not None else self._replace(key=own_groups(self.key))
+
+
 def attend_cache(
     query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    visible: jax.Array,
+    keys: Keys,
+    lengths: jax.Array,
     scale: float,
+    implementation: Literal["xla"] | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of one query a row.
+    """Softmax attention of one query a row to the first `lengths` keys.
 
     Args:
-        query: [B, N, H].
-        key: [B, S, K, H].
-        value: [B, S, K, h].
-        visible: bool [B, S] or [B, S, K].
+        query: [B, N, R + HR].
+        keys: of whole rows.
+        lengths: int [B].
+        scale: factor on the scores.
+        implementation: of the operation; None for the best.
+
+    Returns:
+        The output [B, N, h], zero where there is no key, and the log-sum-exp of scores [B, N].
+    """
+
+    def attend(query: jax.Array, keys: Keys, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key, value, rope_key = keys.own()
+        return decode_attention(
+            query, key, value, lengths,
+            rope_key=rope_key, scale=scale, implementation=implementation,
+        )  # fmt: skip
+
+    in_axes = (TOKEN, keys.axes(), ("batch",))
+    return sharded(attend, in_axes, (TOKEN, TOKEN[:2]))(query, keys, lengths)
+
+
+def attend_blocks(
+    query: jax.Array,
+    keys: Keys,
+    block_indices: jax.Array,
+    lengths: jax.Array,
+    cfg: ModelConfig,
+    scale: float,
+) -> jax.Array:
+    """Softmax attention of one query a row to those of the first `lengths` keys in listed blocks.
+
+    Args:
+        query: [B, N, R + HR].
+        keys: of whole rows.
+        block_indices: int32 [B, K, L], ascending, -1 at the end.
+        lengths: int [B].
+        cfg: size of blocks.
         scale: factor on the scores.
 
     Returns:
-        The output [B, N, h], zero where nothing is visible, and the probabilities float32
-        [B, K, G, S].
+        The output [B, N, h].
     """
-    batch, heads, size = query.shape
-    groups = key.shape[2]
-    grouped = query.reshape(batch, groups, heads // groups, size)
-    scores = jnp.einsum("BKGH,BSKH->BKGS", grouped, key, preferred_element_type=jnp.float32) * scale
-    if visible.ndim == 2:
-        visible = visible[:, :, None]
-    mask = jnp.moveaxis(visible, 1, 2)[:, :, None]
-    probabilities = jnp.where(mask, jax.nn.softmax(scores, where=mask, axis=-1), 0)
-    output = jnp.einsum("BKGS,BSKh->BKGh", probabilities.astype(value.dtype), value)
-    return output.reshape(batch, heads, -1), probabilities
+
+    def attend(
+        query: jax.Array, keys: Keys, block_indices: jax.Array, lengths: jax.Array
+    ) -> jax.Array:
+        if keys.value is None:
+            block_indices = own_groups(block_indices[:, None])[:, 0]
+        key, value, rope_key = keys.own()
+        output, _ = decode_selected_attention(
+            query, key, value, block_indices, lengths, block_size=cfg.selection_block_size,
+            rope_key=rope_key, scale=scale, implementation=cfg.implementation,
+        )  # fmt: skip
+        return output
+
+    axes = keys.axes()
+    in_axes = (TOKEN, axes, ("batch", axes.key[2], "block"), ("batch",))
+    return sharded(attend, in_axes, TOKEN)(query, keys, block_indices, lengths)

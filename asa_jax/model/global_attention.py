@@ -24,21 +24,30 @@ from asa_jax.config import ModelConfig
 from asa_jax.context_parallel import QUERY, SEGMENT_IDS, gather_rows, in_row_order, map_queries
 from asa_jax.model.block_cache import (
     block_mean,
+    complete_blocks,
     completed_block,
     fill_blocks,
     keep_selection,
     last_selection,
     pool_blocks,
-    selected_tokens,
+    summaries_of,
+    summary_slots,
     update_selection,
-    visible_blocks,
 )
-from asa_jax.model.cached_attention import CHUNK, Chunk, attend_cache, fill, write, write_if
+from asa_jax.model.cached_attention import (
+    CHUNK,
+    Chunk,
+    Keys,
+    attend_blocks,
+    attend_cache,
+    fill,
+    write,
+    write_if,
+)
 from asa_jax.model.latent_attention import DecoupledQuery
 from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
 from asa_jax.model.rope import rotate
 from asa_jax.sharding import gather_group, own_groups, sharded, shards_per_group
-from pallas_kernels.blocks import number_of_blocks
 from pallas_kernels.compressed_attention import compressed_attention
 from pallas_kernels.select_blocks import select_blocks
 from pallas_kernels.selected_attention import selected_attention
@@ -103,8 +112,7 @@ class GroupLatentAttention(nnx.Module):
     def init_cache(self, batch: int, max_length: int, dtype: jnp.dtype) -> GlobalCache:
         """An empty cache for rows of at most max_length tokens."""
         cfg, groups = self.cfg, self.cfg.num_latent_groups
-        blocks = number_of_blocks(max_length, cfg.compression_block_size, cfg.compression_stride)
-        blocks = max(1, blocks)
+        blocks = summary_slots(max_length, cfg)
         return GlobalCache(
             latent=jnp.zeros((batch, max_length, groups, cfg.group_kv_lora_rank), dtype),
             rope_key=jnp.zeros((batch, max_length, cfg.qk_rope_head_dim), dtype),
@@ -135,7 +143,9 @@ class GroupLatentAttention(nnx.Module):
         )
         segment_ids = chunk.segment_ids(latent.shape[1])
         in_force = cache.block_indices[:, None]
-        mixed, lists = attend(query, self._gate(x), *rows, segment_ids, in_force, chunk)
+        summaries = (summaries_of(array, latent.shape[1], self.cfg) for array in rows[2:])
+        rows_read = (latent, rope_key, *summaries)
+        mixed, lists = attend(query, self._gate(x), *rows_read, segment_ids, in_force, chunk)
         lists = in_row_order(self._without_copies(lists), "batch", "sequence", "groups", "block")
         in_force = last_selection(lists, cache.block_indices, chunk, size, self.cfg)
         return self._project_out(mixed), GlobalCache(*rows, in_force)
@@ -152,15 +162,16 @@ class GroupLatentAttention(nnx.Module):
             rope_key=write(cache.rope_key, position, rope_key[:, 0]),
         )
         cache = self._complete_block(cache, position)
-        compressed, probabilities = attend_cache(
-            query,
-            _join(cache.compressed_latent, cache.compressed_rope_key[:, :, None]),
-            cache.compressed_latent,
-            visible_blocks(position, cache.compressed_latent.shape[1], self.cfg),
-            self.scale,
+        compressed_keys = Keys(cache.compressed_latent, rope_key=cache.compressed_rope_key)
+        compressed, lse = attend_cache(
+            query, compressed_keys, complete_blocks(position, self.cfg), self.scale,
+            self.cfg.implementation,
+        )  # fmt: skip
+        block_indices = update_selection(
+            query, compressed_keys, lse, cache.block_indices, position, self.cfg, self.scale
         )
-        block_indices = update_selection(probabilities, position, cache.block_indices, self.cfg)
-        selected = self._attend_selected(query, cache, block_indices, position)
+        keys = Keys(cache.latent, rope_key=cache.rope_key)
+        selected = attend_blocks(query, keys, block_indices, position + 1, self.cfg, self.scale)
         mixed = _mix(self._gate(x)[:, 0], compressed, selected)
         return self._project_out(mixed[:, None])[:, 0], cache._replace(block_indices=block_indices)
 
@@ -308,17 +319,6 @@ class GroupLatentAttention(nnx.Module):
             compressed_latent=write_if(cache.compressed_latent, block, latent, completes),
             compressed_rope_key=write_if(cache.compressed_rope_key, block, rope_key, completes),
         )
-
-    def _attend_selected(
-        self, query: jax.Array, cache: GlobalCache, block_indices: jax.Array, position: jax.Array
-    ) -> jax.Array:
-        tokens, visible = selected_tokens(block_indices, position, self.cfg.selection_block_size)
-        # The newest block may reach behind the cache, where nothing is visible.
-        latent = jnp.take_along_axis(cache.latent, tokens[..., None], axis=1, mode="clip")
-        rope_key = cache.rope_key[jnp.arange(tokens.shape[0])[:, None, None], tokens]
-        key = _join(latent, rope_key)
-        output, _ = attend_cache(query, key, latent, visible, self.scale)
-        return output
 
 
 def _join(latent: jax.Array, rope_key: jax.Array) -> jax.Array:

@@ -22,10 +22,10 @@ from asa_jax.context_parallel import (
 )
 from asa_jax.model.cached_attention import (
     Chunk,
+    Keys,
     attend_cache,
     extend_ring,
     fill,
-    ring_positions,
     ring_segment_ids,
     write,
 )
@@ -113,8 +113,10 @@ class GroupedQueryAttention(nnx.Module):
         cache = GroupedQueryCache(
             write(cache.key, slot, key[:, 0]), write(cache.value, slot, value[:, 0])
         )
-        visible = ring_positions(position, slots) >= 0
-        output, _ = attend_cache(query[:, 0], cache.key, cache.value, visible, self.scale)
+        lengths = jnp.minimum(position + 1, slots)
+        output, _ = attend_cache(
+            query[:, 0], Keys(*cache), lengths, self.scale, self.cfg.implementation
+        )
         return self.output("BNH,NHD->BD", output), cache
 
     def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:

@@ -32,10 +32,10 @@ from asa_jax.context_parallel import (
 )
 from asa_jax.model.cached_attention import (
     Chunk,
+    Keys,
     attend_cache,
     extend_ring,
     fill,
-    ring_positions,
     ring_segment_ids,
     write,
 )
@@ -153,9 +153,9 @@ class LatentAttention(nnx.Module):
             write(cache.latent, position % slots, latent[:, 0]),
             write(cache.rope_key, position % slots, rope_key[:, 0]),
         )
-        visible = ring_positions(position, slots) >= 0
-        key = jnp.concatenate(cache, axis=-1)[:, :, None]
-        mixed, _ = attend_cache(query, key, cache.latent[:, :, None], visible, self.scale)
+        keys = Keys(cache.latent[:, :, None], rope_key=cache.rope_key)
+        lengths = jnp.minimum(position + 1, slots)
+        mixed, _ = attend_cache(query, keys, lengths, self.scale, self.cfg.implementation)
         return self.output("BNH,NHD->BD", self.value_up("BNR,RNH->BNH", mixed)), cache
 
     def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

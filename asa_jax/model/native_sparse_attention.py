@@ -32,21 +32,22 @@ from asa_jax.context_parallel import (
 )
 from asa_jax.model.block_cache import (
     block_mean,
+    complete_blocks,
     completed_block,
     cut_blocks,
     fill_blocks,
     keep_selection,
     last_selection,
-    selected_tokens,
+    summaries_of,
     update_selection,
-    visible_blocks,
 )
 from asa_jax.model.block_summary import BlockSummary
 from asa_jax.model.cached_attention import (
     CHUNK,
     Chunk,
+    Keys,
+    attend_blocks,
     attend_cache,
-    ring_positions,
     ring_segment_ids,
     write_if,
 )
@@ -116,7 +117,11 @@ class NativeSparseAttention(nnx.Module):
         cache, window_row, recent_row = append_chunk(cache, pairs, chunk, self.cfg)
         if recent_row is not None:
             cache = self._append_summaries(cache, recent_row, chunk, size)
-        kept = {"compression": cache.compressed, "selection": cache.tokens, "window": window_row}
+        summaries = cache.compressed
+        if summaries is not None and cache.tokens is not None:
+            length = cache.tokens.key.shape[1]
+            summaries = KeyValue(*(summaries_of(a, length, self.cfg) for a in summaries))
+        kept = {"compression": summaries, "selection": cache.tokens, "window": window_row}
         rows = {branch: row for branch, row in kept.items() if row is not None}
         segments = {b: self._segment_ids(b, row, chunk, size) for b, row in rows.items()}
         lists = None if in_force is None else LISTS
@@ -143,20 +148,18 @@ class NativeSparseAttention(nnx.Module):
         cache = self._append_summary(append_token(cache, pairs, position), position)
         outputs: dict[str, jax.Array] = {}
         if cache.compressed is not None:
-            visible = visible_blocks(position, cache.compressed.key.shape[1], self.cfg)
-            outputs["compression"], probabilities = attend_cache(
-                query[:, 0], *cache.compressed, visible, self.scale
-            )
+            compressed = Keys(*cache.compressed)
+            outputs["compression"], lse = attend_cache(
+                query[:, 0], compressed, complete_blocks(position, self.cfg), self.scale,
+                self.cfg.implementation,
+            )  # fmt: skip
         if cache.tokens is not None and cache.block_indices is not None:
-            block_indices = update_selection(probabilities, position, cache.block_indices, self.cfg)
-            tokens, visible = selected_tokens(
-                block_indices, position, self.cfg.selection_block_size
+            block_indices = update_selection(
+                query[:, 0], compressed, lse, cache.block_indices, position, self.cfg, self.scale
             )
-            # The newest block may reach behind the cache, where nothing is visible.
-            key, value = (
-                jnp.take_along_axis(a, tokens[..., None], axis=1, mode="clip") for a in cache.tokens
+            outputs["selection"] = attend_blocks(
+                query[:, 0], Keys(*cache.tokens), block_indices, position + 1, self.cfg, self.scale
             )
-            outputs["selection"], _ = attend_cache(query[:, 0], key, value, visible, self.scale)
             cache = cache._replace(block_indices=block_indices)
         if "window" in self.cfg.nsa_branches:
             outputs["window"] = self._attend_window(query[:, 0], cache, position)
@@ -386,10 +389,11 @@ class NativeSparseAttention(nnx.Module):
         self, query: jax.Array, cache: SparseCache, position: jax.Array
     ) -> jax.Array:
         if cache.window is not None:
-            visible = ring_positions(position, cache.window.key.shape[1]) >= 0
-            return attend_cache(query, *cache.window, visible, self.scale)[0]
-        assert cache.tokens is not None  # the branches share their tokens
-        tokens = position[:, None] - jnp.arange(self.cfg.window_size)
-        rows = jnp.arange(position.shape[0])[:, None]
-        key, value = (a[rows, jnp.maximum(tokens, 0)] for a in cache.tokens)
-        return attend_cache(query, key, value, tokens >= 0, self.scale)[0]
+            keys = Keys(*cache.window)
+        else:
+            assert cache.tokens is not None  # the branches share their tokens
+            tokens = jnp.maximum(position[:, None] - jnp.arange(self.cfg.window_size), 0)
+            rows = jnp.arange(position.shape[0])[:, None]
+            keys = Keys(*(array[rows, tokens] for array in cache.tokens))
+        lengths = jnp.minimum(position + 1, keys.key.shape[1])
+        return attend_cache(query, keys, lengths, self.scale, self.cfg.implementation)[0]

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from asa_jax.config import ModelConfig
+from asa_jax.model.block_cache import summary_slots
 from asa_jax.model.cached_attention import Chunk, extend_ring, fill, recent_row, write
-from pallas_kernels.blocks import number_of_blocks
 
 
 class KeyValue(NamedTuple):
@@ -44,14 +44,13 @@ def empty_cache(cfg: ModelConfig, batch: int, max_length: int, dtype: jnp.dtype)
     compression, selection, window = (
         branch in cfg.nsa_branches for branch in ("compression", "selection", "window")
     )
-    blocks = number_of_blocks(max_length, cfg.compression_block_size, cfg.compression_stride)
     own_window = window and not (selection and cfg.nsa_share_kv)
     lists = (batch, cfg.num_kv_heads, cfg.num_selected_blocks)
     return SparseCache(
         tokens=empty(max_length) if selection else None,
         window=empty(min(cfg.window_size, max_length)) if own_window else None,
         recent=empty(cfg.compression_block_size) if compression else None,
-        compressed=empty(max(1, blocks)) if compression else None,
+        compressed=empty(summary_slots(max_length, cfg)) if compression else None,
         block_indices=jnp.full(lists, -1, jnp.int32) if selection else None,
     )
 

@@ -27,6 +27,8 @@ from pallas_kernels.mosaic.decode_walk import KEYS, Cache, Tiling
 from pallas_kernels.mosaic.key_walk import copy_all
 from pallas_kernels.mosaic.tiles import ROWS
 
+COPY_ROWS = 8  # of a tile: the least that a copy takes
+
 
 def decode(
     query: jax.Array,
@@ -78,7 +80,7 @@ def split_query(
     batch, num_heads, _ = query.shape
     group = num_heads // num_kv_heads
     by_group = query.reshape(batch, num_kv_heads, group, -1)
-    by_group = jnp.pad(by_group, ((0, 0), (0, 0), (0, -group % decode_walk.COPY_ROWS), (0, 0)))
+    by_group = jnp.pad(by_group, ((0, 0), (0, 0), (0, -group % COPY_ROWS), (0, 0)))
     by_part = by_group[..., :width].reshape(*by_group.shape[:3], parts, width // parts)
     rope = by_group[..., width:] if query.shape[2] > width else None
     return by_part.swapaxes(2, 3), rope

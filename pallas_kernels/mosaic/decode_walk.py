@@ -10,12 +10,12 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.cache_arguments import KEYS_MULTIPLE
 from pallas_kernels.mosaic import tiles
 from pallas_kernels.mosaic.key_walk import MULTIPROCESSORS
 from pallas_kernels.mosaic.tiles import ROWS
 
 KEYS = 64  # of a tile
-COPY_ROWS = 8  # of which a copy takes a multiple, from a multiple on
 MAX_SLOTS = 4  # tiles of keys in shared memory
 SHARED_MEMORY_BYTES = 227 * 2**10  # of a multiprocessor; each program wastes some by alignment
 ALIGNMENT_BYTES = 4 * 2**10
@@ -104,9 +104,9 @@ def check_cache(cache: Cache, piece: int) -> None:
         raise NotImplementedError(f"rope_key: {rope_key.shape[2]} numbers, not 32 or 64")
     if piece not in (16, 32, 64):
         raise NotImplementedError(f"block_size: {piece} is not 16, 32 or 64")
-    if key.shape[1] < piece or key.shape[1] % COPY_ROWS:
+    if key.shape[1] < piece or key.shape[1] % KEYS_MULTIPLE:
         raise NotImplementedError(
-            f"key: {key.shape[1]} tokens are not a multiple of {COPY_ROWS}, or fewer than {piece}"
+            f"key: {key.shape[1]} tokens, not a multiple of {KEYS_MULTIPLE} of at least {piece}"
         )
 
 
