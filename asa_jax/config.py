@@ -18,6 +18,8 @@ from asa_jax.config_checks import (
     require_positive,
     require_range,
 )
+from asa_jax.config_evaluation import MAX_EVALUATION_TOKENS as MAX_EVALUATION_TOKENS
+from asa_jax.config_evaluation import EvaluationConfig
 from asa_jax.config_parts import ExpertsConfig, RopeScalingConfig
 from asa_jax.errors import ConfigError
 
@@ -25,12 +27,6 @@ LAYER_KINDS = ("full", "mla", "sliding", "local", "global", "nsa")
 NSA_BRANCHES = ("compression", "selection", "window")
 LATENT_KINDS = ("mla", "local", "global")
 SPARSE_KINDS = ("global", "nsa")
-EVALUATION_TASKS = (
-    "perplexity", "single_noise", "single_text", "single_uuid", "multi_key", "multi_value",
-    "multi_query", "variable_tracking", "frequent_words", "associative_recall", "key_value",
-)  # fmt: skip
-# Rotary positions have no end; beyond this a length is a slip of the keyboard.
-MAX_EVALUATION_TOKENS = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,44 +287,6 @@ class MeshConfig:
             require(size > 0 or size == -1, f"mesh.{name}", size, "positive, or -1 for the rest")
         rest = [name for name, size in sizes.items() if size == -1]
         require(len(rest) <= 1, "mesh", sizes, "at most one -1")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """What `eval.py` measures; lengths in tokens.
-
-    `samples` counts each pair of length and depth, `perplexity_tokens` bounds each text and length,
-    and `batch_tokens` each forward pass.
-    """
-
-    tasks: tuple[str, ...]
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    samples: int
-    batch_tokens: int
-    perplexity_tokens: int
-    position_bucket_tokens: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        require_positive(
-            "evaluation", self, "samples", "batch_tokens", "perplexity_tokens",
-            "position_bucket_tokens",
-        )  # fmt: skip
-        require_range("evaluation", self, 0, "seed")
-        for task in self.tasks:
-            require_choice("evaluation", "tasks", task, EVALUATION_TASKS)
-        require(bool(self.lengths), "evaluation.lengths", self.lengths, "at least one length")
-        for length in self.lengths:
-            require(
-                1 < length <= MAX_EVALUATION_TOKENS,
-                "evaluation.lengths", length, f"from 2 to {MAX_EVALUATION_TOKENS}",
-            )  # fmt: skip
-        require(bool(self.depths), "evaluation.depths", self.depths, "at least one depth")
-        require(
-            all(0 <= depth <= 1 for depth in self.depths),
-            "evaluation.depths", self.depths, "between 0 (start of the context) and 1 (its end)",
-        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

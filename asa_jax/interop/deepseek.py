@@ -84,7 +84,6 @@ def _model_config(source: HuggingFaceConfig, **fields: Any) -> ModelConfig:
         source,
         layer_kinds=["mla"] * source.integer("num_hidden_layers"),
         num_kv_heads=heads,
-        num_latent_groups=1,
         kv_lora_rank=source.integer("kv_lora_rank"),
         q_lora_rank=source.integer("q_lora_rank", 0),
         qk_nope_head_dim=source.integer("qk_nope_head_dim"),

@@ -123,6 +123,7 @@ def _common_fields(source: HuggingFaceConfig) -> dict[str, Any]:
         "hidden_size": source.integer("hidden_size"),
         "mlp_size": source.integer("intermediate_size"),
         "num_heads": source.integer("num_attention_heads"),
+        "num_latent_groups": 1,
         "norm_epsilon": source.number("rms_norm_eps", 1e-6),
         "latent_norm_epsilon": 1e-6,
         "attention_bias": source.flag("attention_bias", False),

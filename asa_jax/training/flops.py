@@ -25,7 +25,8 @@ def peak_flops(model: ModelConfig) -> float | None:
 def flops_per_token(model: ModelConfig, params: int, length: int) -> float:
     """Operations of one token, forwards and backwards, without recomputation.
 
-    6 for each weight that is multiplied (all but an embedding table that is only looked up), and
+    6 for each weight that is multiplied (not in an embedding table that is only looked up, nor in
+    the experts that a token does not get), and
     6 N (H + h) for each key that a query of a layer sees, on average over a row of one document;
     latent layers in expanded form.
 
@@ -41,7 +42,18 @@ def flops_per_token(model: ModelConfig, params: int, length: int) -> float:
     attention = sum(
         _keys(model, kind, length) * _features(model, kind) for kind in model.layer_kinds
     )
-    return 6 * (params - looked_up) + 6 * model.num_heads * attention
+    used = params - looked_up - _idle_weights(model)
+    return 6 * used + 6 * model.num_heads * attention
+
+
+def _idle_weights(model: ModelConfig) -> int:
+    """Weights of the experts that a token does not get."""
+    experts = model.experts
+    if not experts.num_experts:
+        return 0
+    idle = experts.num_experts - experts.num_experts_per_token
+    layers = model.num_layers - experts.num_dense_layers
+    return layers * idle * 3 * model.hidden_size * experts.expert_size
 
 
 def _features(model: ModelConfig, kind: str) -> int:
