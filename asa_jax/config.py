@@ -131,6 +131,10 @@ class ModelConfig:
             dense < layers or not self.experts.num_experts, "model.experts.num_dense_layers",
             dense, f"below the number of layers, {layers}",
         )  # fmt: skip
+        require(
+            self.rope_theta > 1 or self.rope_scaling.kind != "yarn", "model.rope_theta",
+            self.rope_theta, "above 1 where model.rope_scaling.kind is 'yarn'",
+        )  # fmt: skip
         factor = self.rope_scaling.score_factor
         require(
             factor == 1 or "nsa" not in self.layer_kinds, "model.rope_scaling.score_factor",

@@ -48,5 +48,5 @@ def read_architecture(folder: Path) -> tuple[ModelConfig, Table]:
         case _:
             known = "asa_jax, llama, qwen3, deepseek_v2, deepseek_v3, glm4_moe_lite"
             raise source.error("model_type", f"one of {known}; others are not supported")
-    behind = source.integer("num_nextn_predict_layers", 0)
+    behind = source.count("num_nextn_predict_layers", 0)
     return cfg, deepseek_table(cfg, source.flag("rope_interleave", True), behind)

@@ -60,7 +60,7 @@ def read_glm4_moe_lite(source: HuggingFaceConfig) -> ModelConfig:
     """
     kinds = source.names("mlp_layer_types")
     dense = kinds.count("dense") if kinds else source.integer("first_k_dense_replace", 1)
-    layers = source.integer("num_hidden_layers")
+    layers = source.count("num_hidden_layers")
     if kinds and kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
         raise source.error("mlp_layer_types", f"{layers} names, 'dense' before 'sparse'")
     return _read_sigmoid(source, dense)
@@ -82,7 +82,7 @@ def _model_config(source: HuggingFaceConfig, **fields: Any) -> ModelConfig:
     source.require("num_key_value_heads", heads, heads)
     return model_config(
         source,
-        layer_kinds=["mla"] * source.integer("num_hidden_layers"),
+        layer_kinds=["mla"] * source.count("num_hidden_layers"),
         num_kv_heads=heads,
         kv_lora_rank=source.integer("kv_lora_rank"),
         q_lora_rank=source.integer("q_lora_rank", 0),
@@ -108,7 +108,7 @@ def _experts(source: HuggingFaceConfig, dense: int, grouped: bool) -> dict[str, 
     return {
         # As many dense layers as layers are a model without experts.
         "num_experts": (
-            source.integer("n_routed_experts") if dense < source.integer("num_hidden_layers") else 0
+            source.count("n_routed_experts") if dense < source.count("num_hidden_layers") else 0
         ),
         "num_experts_per_token": source.integer("num_experts_per_tok"),
         "expert_size": source.integer("moe_intermediate_size"),

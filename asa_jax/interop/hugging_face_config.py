@@ -11,6 +11,8 @@ from asa_jax.interop.safetensors_files import read_json_object
 from configs import base
 
 CONFIG_FILE = "config.json"
+# Far more layers or experts than a model has.
+MAX_COUNT = 2**12
 _MISSING = object()
 _ROPE_SCALINGS = {"default": "none", "llama3": "llama3", "yarn": "yarn"}
 
@@ -45,6 +47,13 @@ class HuggingFaceConfig:
         """An int; its default where it is missing or null."""
         return self._get(name, default, lambda v: type(v) is int, "an int")
 
+    def count(self, name: str, default: Any = _MISSING) -> int:
+        """An int of things that are gone through one by one."""
+        count = self.integer(name, default)
+        if not 0 <= count <= MAX_COUNT:
+            raise self.error(name, f"from 0 to {MAX_COUNT}")
+        return count
+
     def number(self, name: str, default: Any = _MISSING) -> float:
         """A finite number; its default where it is missing or null."""
         return float(self._get(name, default, _is_number, "a number"))
@@ -60,6 +69,10 @@ class HuggingFaceConfig:
     def names(self, name: str) -> list[str]:
         """A list of strings; empty where it is missing or null."""
         return self._get(name, [], _is_names, "a list of strings")
+
+    def has_sections(self) -> bool:
+        """Whether a value is an object."""
+        return any(isinstance(value, dict) for value in self._values.values())
 
     def section(self, name: str) -> "HuggingFaceConfig":
         """An object in the object; empty where it is missing or null."""
@@ -82,7 +95,7 @@ class HuggingFaceConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 2**63
 
 
 def _is_names(value: Any) -> bool:
@@ -156,6 +169,8 @@ def rope_scaling(source: HuggingFaceConfig) -> tuple[HuggingFaceConfig, dict[str
     section = source.section("rope_parameters")
     if not source.has("rope_parameters"):
         section = source.section("rope_scaling")
+    if section.has_sections():
+        raise source.error("rope_parameters", "one object for all layers")
     for place in (source, section):
         place.require("partial_rotary_factor", 1.0, 1.0)
     field = "rope_type" if section.has("rope_type") else "type"
@@ -185,6 +200,9 @@ def _stretch(source: HuggingFaceConfig, section: HuggingFaceConfig) -> dict[str,
 
 def _yarn(section: HuggingFaceConfig, factor: float) -> dict[str, Any]:
     on_rotated, on_all = section.number("mscale", 0), section.number("mscale_all_dim", 0)
+    for name in ("mscale", "mscale_all_dim"):
+        if section.number(name, 0) < 0:
+            raise section.error(name, "at least 0")
     if on_rotated and on_all:
         attention_factor = yarn_mscale(factor, on_rotated) / yarn_mscale(factor, on_all)
     else:

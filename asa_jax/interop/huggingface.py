@@ -17,16 +17,16 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from asa_jax.config import ModelConfig
-from asa_jax.data.tokenizer import Tokenizer, load_tokenizer
-from asa_jax.errors import ImportedModelError, UserError
+from asa_jax.data.tokenizer import Tokenizer
+from asa_jax.errors import ImportedModelError
 from asa_jax.interop.architectures import read_architecture
+from asa_jax.interop.folder_tokenizer import load_folder_tokenizer
 from asa_jax.interop.safetensors_files import (
     INDEX_FILE,
     SINGLE_FILE,
     WEIGHT_DTYPES,
     Tensor,
     open_folder,
-    read_json_object,
 )
 from asa_jax.interop.tensor_table import Place, Table, all_places
 from asa_jax.model.transformer import abstract_model, layer_places
@@ -98,24 +98,6 @@ def load_params(
             for path, shape in flat.items()
         }
     )
-
-
-def load_folder_tokenizer(folder: Path) -> Tokenizer:
-    """Loads the tokenizer.json of a model folder; tokenizer_config.json names its last token.
-
-    Raises:
-        ImportedModelError: it is missing, no tokenizer, or the end of a document is not known.
-    """
-    settings = folder / "tokenizer_config.json"
-    end = read_json_object(settings).get("eos_token") if settings.exists() else None
-    if isinstance(end, dict):
-        end = end.get("content")
-    if end is not None and not isinstance(end, str):
-        raise ImportedModelError(f"{settings}: eos_token = {end!r}: must be a token")
-    try:
-        return load_tokenizer(folder / "tokenizer.json", end)
-    except UserError as error:
-        raise ImportedModelError(str(error)) from None
 
 
 def check_tensors(

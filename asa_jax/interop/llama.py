@@ -17,7 +17,7 @@ def read_llama(source: HuggingFaceConfig) -> ModelConfig:
     hidden = source.integer("hidden_size")
     return model_config(
         source,
-        layer_kinds=["full"] * source.integer("num_hidden_layers"),
+        layer_kinds=["full"] * source.count("num_hidden_layers"),
         num_kv_heads=source.integer("num_key_value_heads", heads),
         head_dim=source.integer("head_dim", hidden // max(heads, 1)),
         mlp_bias=source.flag("mlp_bias", False),
@@ -33,7 +33,7 @@ def read_qwen3(source: HuggingFaceConfig) -> ModelConfig:
     source.require("use_sliding_window", False, False)
     return model_config(
         source,
-        layer_kinds=["full"] * source.integer("num_hidden_layers"),
+        layer_kinds=["full"] * source.count("num_hidden_layers"),
         num_kv_heads=source.integer("num_key_value_heads", 32),
         head_dim=source.integer("head_dim", 128),
         qk_norm=True,
