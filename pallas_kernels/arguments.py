@@ -30,6 +30,12 @@ def check_divides_block_size(name: str, size: int, block_size: int) -> None:
         raise ValueError(f"{name}: {size} does not divide block_size {block_size}")
 
 
+def check_starts_block(query_offset: jax.Array | int | None, block_size: int) -> None:
+    """Raises ValueError if query_offset is known and does not start a block."""
+    if isinstance(query_offset, int) and query_offset % block_size:
+        raise ValueError(f"query_offset: {query_offset} is no multiple of block_size {block_size}")
+
+
 def check_query_key(query: jax.Array, key: jax.Array, num_keys: int) -> None:
     """Raises ValueError unless query is [B, T, N, H] and key [B, num_keys, K, H], K dividing N."""
     if query.ndim != 4:
@@ -58,13 +64,10 @@ def check_value(key: jax.Array, value: jax.Array | None, value_dim: int | None) 
         raise ValueError(f"value_dim: {value_dim}, but the head dim of value is {value.shape[3]}")
 
 
-def check_segment_ids(
-    segment_ids: jax.Array | None, query: jax.Array, row_length: int | None = None
-) -> None:
-    """Raises ValueError unless segment_ids is None or integers [B, row_length or T]."""
+def check_segment_ids(segment_ids: jax.Array | None, query: jax.Array, row_length: int) -> None:
+    """Raises ValueError unless segment_ids is None or integers [B, row_length]."""
     if segment_ids is not None:
-        length = query.shape[1] if row_length is None else row_length
-        check_integers("segment_ids", segment_ids, (query.shape[0], length))
+        check_integers("segment_ids", segment_ids, (query.shape[0], row_length))
 
 
 def row_length(

@@ -42,6 +42,13 @@ def visible_from(segment_ids: jax.Array | None, num_tokens: int) -> jax.Array:
     return jnp.where(segment_ids > 0, document_starts(segment_ids), num_tokens)
 
 
+def of_queries(row: jax.Array, num_queries: int, query_offset: jax.Array | int | None) -> jax.Array:
+    """Returns what of a row [B, S] is of its T queries: [B, T]; None: they are the row."""
+    if query_offset is None:
+        return row
+    return jax.lax.dynamic_slice_in_dim(row, query_offset, num_queries, axis=1)
+
+
 def query_rows(
     segment_ids: jax.Array | None, num_queries: int, query_offset: jax.Array | int | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -62,7 +69,7 @@ def query_rows(
     if segment_ids is None:
         return positions, jnp.zeros_like(positions)
     first_visible = visible_from(segment_ids, segment_ids.shape[1])
-    return positions, jax.lax.dynamic_slice_in_dim(first_visible, query_offset, num_queries, axis=1)
+    return positions, of_queries(first_visible, num_queries, query_offset)
 
 
 def complete_blocks(

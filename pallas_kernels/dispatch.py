@@ -66,19 +66,6 @@ def _run[Result](
         return xla()
 
 
-def of_whole_rows[Result](
-    kernel: Callable[[], Result], query_offset: jax.Array | int | None
-) -> Callable[[], Result]:
-    """Returns a kernel, as `run` takes it, that does not take queries which are part of a row."""
-
-    def call() -> Result:
-        if query_offset is not None:
-            raise NotImplementedError("query_offset is given; the kernel takes whole rows")
-        return kernel()
-
-    return call
-
-
 def is_hopper() -> bool:
     """Returns whether JAX's default device is a GPU of compute capability 9."""
     return jax.default_backend() == "gpu" and jax.devices()[0].compute_capability.startswith("9.")

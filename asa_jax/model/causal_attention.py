@@ -38,15 +38,15 @@ def causal_attention(
 
     def kernel() -> jax.Array:
         output, _ = sliding_window_attention(
-            query, key, value, window_size=key.shape[1], segment_ids=segment_ids, scale=scale,
-            implementation="mosaic_gpu",
+            query, key, value, window_size=key.shape[1], segment_ids=segment_ids,
+            query_offset=query_offset, scale=scale, implementation="mosaic_gpu",
         )  # fmt: skip
         return output
 
     return dispatch.run(
         "causal_attention",
         implementation,
-        mosaic_gpu=dispatch.of_whole_rows(kernel, query_offset),
+        mosaic_gpu=kernel,
         xla=lambda: _in_query_chunks(
             query, key, value, segment_ids, scale, 0 if query_offset is None else query_offset
         ),

@@ -57,11 +57,8 @@ def compressed_attention(
     return dispatch.run(
         "compressed_attention",
         implementation,
-        mosaic_gpu=dispatch.of_whole_rows(
-            lambda: mosaic_gpu.compressed_attention(
-                query, key, value, block_size, stride, value_dim, segment_ids, scale
-            ),
-            query_offset,
+        mosaic_gpu=lambda: mosaic_gpu.compressed_attention(
+            query, key, value, block_size, stride, value_dim, segment_ids, scale, query_offset
         ),
         xla=lambda: reference.compressed_attention(
             query, key, key[..., :value_dim] if value is None else value, block_size, stride,

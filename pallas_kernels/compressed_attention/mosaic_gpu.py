@@ -18,6 +18,7 @@ def compressed_attention(
     value_dim: int | None,
     segment_ids: jax.Array | None,
     scale: float,
+    query_offset: jax.Array | int | None = None,
     *,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -37,4 +38,4 @@ def compressed_attention(
         warpgroups=1 if interpret else 2,
         interpret=interpret,
     )
-    return flash_attention(query, key, value, segment_ids, settings)
+    return flash_attention(query, key, value, segment_ids, query_offset, settings)

@@ -52,6 +52,7 @@ def flash_attention(
     key: jax.Array,
     value: jax.Array | None,
     segment_ids: jax.Array | None,
+    query_offset: jax.Array | int | None,
     settings: Settings,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends from each token to its range of keys.
@@ -60,7 +61,8 @@ def flash_attention(
       query: [B, T, N, H].
       key: [B, S, K, H].
       value: [B, S, K, h], or None: the first h numbers of each key.
-      segment_ids: int [B, T], document of each token, 0 = padding; None = one document a row.
+      segment_ids: int, document of each token of the row, 0 = padding; None = one document a row.
+      query_offset: int32 [], position in the row of the first query; None = they are the row.
       settings: The rest.
 
     Returns:
@@ -76,7 +78,11 @@ def flash_attention(
     documents = None
     if segment_ids is not None:
         segment_ids = pad_to_multiple(segment_ids.astype(jnp.int32), PADDING)
-        documents = key_range.documents(segment_ids, key.shape[1], settings.key_range.stride)
+        if query_offset is not None:  # the padding of queries may be behind that of the row
+            segment_ids = jnp.pad(segment_ids, ((0, 0), (0, PADDING)))
+        documents = key_range.documents(
+            segment_ids, query.shape[1], key.shape[1], settings.key_range.stride, query_offset
+        )
     output, lse = _attend(query, key, value, documents, settings)
     return output[:, :length], lse[:, :length]
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import key_walk, overlap, tiles
-from pallas_kernels.mosaic.key_range import NO_WINDOW, Documents, KeyRange
+from pallas_kernels.mosaic.key_range import NO_WINDOW, Documents, KeyRange, position, query_at
 
 KEYS = tiles.ROWS  # of a warpgroup
 SLOTS = 3  # of the ring of tiles of tokens, which are held for two steps
@@ -105,13 +105,19 @@ def flash_dkv(
         def document_end(ends, key_tile):
             return jnp.int32(length) if ends is None else ends[batch_id, key_tile]
 
+        def first_query(key):
+            return query_at(documents, key_range.first_token(key))
+
+        def end_query(key, end):
+            return query_at(documents, key_range.end_token(key, end))
+
         def token_tiles():
             first = tile * (warpgroups * KEYS)
             last_end = documents.last_end if packed else None
             end = document_end(last_end, (tile + 1) * warpgroups - 1)
-            end = key_range.end_token(first + (warpgroups * KEYS - 1), end)
+            end = end_query(first + (warpgroups * KEYS - 1), end)
             end = lax.div(jnp.minimum(end, length) + (width - 1), jnp.int32(width))
-            begin = jnp.minimum(lax.div(key_range.first_token(first), jnp.int32(width)), end)
+            begin = jnp.minimum(lax.div(first_query(first), jnp.int32(width)), end)
             size = lax.div(end - begin + (token_parts - 1), jnp.int32(token_parts))
             begin = jnp.minimum(begin + lax.rem(part, jnp.int32(token_parts)) * size, end)
             return begin, jnp.minimum(begin + size, end)
@@ -151,12 +157,10 @@ def flash_dkv(
             copies = [(k_ref.at[place], k_w)] + ([] if shared else [(v_ref.at[place], v_w)])
             key_walk.copy_all(copies, key_bar.at[warpgroup])
             first_end = documents.first_end if packed else None
-            full_end = key_range.end_token(
-                own, document_end(first_end, tile * warpgroups + warpgroup)
-            )
-            own_begin = lax.div(key_range.first_token(own), jnp.int32(width))
+            full_end = end_query(own, document_end(first_end, tile * warpgroups + warpgroup))
+            own_begin = lax.div(first_query(own), jnp.int32(width))
             own_begin = jnp.clip(own_begin, begin, end)
-            full_begin = key_range.first_token(own + (KEYS - 1)) + (width - 1)
+            full_begin = first_query(own + (KEYS - 1)) + (width - 1)
             full_begin = jnp.clip(lax.div(full_begin, jnp.int32(width)), own_begin, end)
             full_end = jnp.clip(lax.div(full_end, jnp.int32(width)), full_begin, end)
             key_ids = own + tiles.row_ids(KEYS)
@@ -164,10 +168,11 @@ def flash_dkv(
             kept_keys = plgpu.load(k_w.at[:, pl.ds(0, kept)], layout=tiles.LAYOUT)
 
             def mask(i, scores, start_w):
-                token = i * width + tiles.column_ids(KEYS, width)
+                token = position(documents, i * width) + tiles.column_ids(KEYS, width)
                 seen = token >= tiles.across(key_range.first_token(key_ids), width)
                 if key_range.window < NO_WINDOW:
-                    seen &= token < tiles.across(key_range.end_token(key_ids, length), width)
+                    end = key_range.end_token(key_ids, position(documents, length))
+                    seen &= token < tiles.across(end, width)
                 if packed:
                     first_token = tiles.across(key_range.stride * key_ids, width)
                     seen &= _down(start_w) <= first_token

@@ -5,6 +5,9 @@ complete, stride * j + block_size - 1 <= t, and starts in t's document and in th
 stride * j >= max(start, t - window + 1). Both ends of the range grow with t, so that a tile of
 tokens sees one range of tiles of keys, the inner ones of which need no mask; and the other way
 round. Sliding windows have blocks of one token; compressed blocks have no window.
+
+Tokens and keys are counted along the row of the keys. Queries may be a part of it, and are then
+counted from the first one: `position` and `query_at` take one to the other.
 """
 
 import dataclasses
@@ -61,11 +64,12 @@ class Documents(NamedTuple):
     """Bounds of packed documents, int32.
 
     Attributes:
-      start: [B, T] first token that a token may see, T for padding.
-      earliest_start: [B, T / 64] least of them in a tile of tokens.
+      start: [B, T] first token that a query may see, the length of the row for padding.
+      earliest_start: [B, T / 64] least of them in a tile of queries.
       latest_start: [B, T / 64] greatest.
       first_end: [B, S / 64] end of the document in which the first key of a tile starts.
       last_end: [B, S / 64] of the last one.
+      query_offset: [1] position in the row of the first query, None = they are the whole row.
     """
 
     start: jax.Array
@@ -73,23 +77,47 @@ class Documents(NamedTuple):
     latest_start: jax.Array
     first_end: jax.Array
     last_end: jax.Array
+    query_offset: jax.Array | None
 
 
-def documents(segment_ids: jax.Array, num_keys: int, stride: int) -> Documents:
+def documents(
+    segment_ids: jax.Array,
+    num_queries: int,
+    num_keys: int,
+    stride: int,
+    query_offset: jax.Array | int | None,
+) -> Documents:
     """Returns the bounds of the documents of a row.
 
     Args:
-      segment_ids: int [B, T], T a multiple of 64.
+      segment_ids: int of all tokens of the row, padded so that every query is one of them.
+      num_queries: T, a multiple of 64.
       num_keys: S, a multiple of 64.
       stride: Tokens between neighbouring keys.
+      query_offset: int32 [], position in the row of the first query; None = they are the row.
     """
     batch, length = segment_ids.shape
-    start = blocks.visible_from(segment_ids, length)
-    tiles = start.reshape(batch, length // TILE, TILE)
+    _, start = blocks.query_rows(segment_ids, num_queries, query_offset)
+    tiles = start.reshape(batch, num_queries // TILE, TILE)
     end = length - blocks.document_starts(segment_ids[:, ::-1])[:, ::-1]
     first_keys = jnp.arange(0, num_keys, TILE, dtype=jnp.int32)
-    ends = (
+    first_end, last_end = (
         end[:, jnp.minimum(stride * keys, length - 1)]
         for keys in (first_keys, first_keys + TILE - 1)
     )
-    return Documents(start, tiles.min(-1), tiles.max(-1), *ends)
+    offset = None if query_offset is None else jnp.asarray(query_offset, jnp.int32)[None]
+    return Documents(start, tiles.min(-1), tiles.max(-1), first_end, last_end, offset)
+
+
+def position(documents: Documents | None, query: Any) -> Any:
+    """Returns the position in the row of a query, in a kernel that has references to documents."""
+    if documents is None or documents.query_offset is None:
+        return query
+    return documents.query_offset[0] + query
+
+
+def query_at(documents: Documents | None, token: Any) -> Any:
+    """Returns the query at a position in the row, the first one for a position before it."""
+    if documents is None or documents.query_offset is None:
+        return token
+    return jnp.maximum(token - documents.query_offset[0], 0)

@@ -16,7 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic import tiles
+from pallas_kernels.mosaic import key_range, tiles
 from pallas_kernels.mosaic.key_range import NO_WINDOW, Documents, KeyRange
 
 SLOTS = 2  # of the ring
@@ -140,8 +140,12 @@ class KeyWalk:
     tile: Any
 
     def first_token(self, warpgroup: Any) -> Any:
-        """Returns the first token of a warpgroup."""
+        """Returns the first token of a warpgroup, counted from the first query."""
         return (self.tile * self.warpgroups + warpgroup) * tiles.ROWS
+
+    def first_position(self, warpgroup: Any) -> Any:
+        """Returns its position in the row."""
+        return key_range.position(self.documents, self.first_token(warpgroup))
 
     def range(self) -> tuple[Any, Any]:
         """Returns the first tile of keys that some token of the program sees, and the end.
@@ -157,14 +161,14 @@ class KeyWalk:
             )
             earliest = functools.reduce(jnp.minimum, starts)
         last = jnp.int32(self.num_keys // self.width)
-        begin = self.key_range.first_key(self.first_token(0), earliest)
+        begin = self.key_range.first_key(self.first_position(0), earliest)
         begin = jnp.minimum(lax.div(begin, jnp.int32(self.width)), last - 1)
-        end = self._tiles(self.key_range.end_key(self.first_token(self.warpgroups) - 1))
+        end = self._tiles(self.key_range.end_key(self.first_position(self.warpgroups) - 1))
         return begin, jnp.clip(end, begin + 1, last)
 
     def bounds(self, warpgroup: Any) -> tuple[Any, Any, Any, Any]:
         """Returns the range with, inside it, that of the tiles which all tokens see wholly."""
-        first = self.first_token(warpgroup)
+        first = self.first_position(warpgroup)
         latest: Any = 0
         if self.documents is not None:
             latest = self.documents.latest_start[
@@ -194,7 +198,7 @@ class KeyWalk:
         start: Any = 0
         if self.documents is not None:
             start = plgpu.load(start_s, layout=tiles.BY_ROW)
-        tokens = self.first_token(warpgroup) + tiles.row_ids()
+        tokens = self.first_position(warpgroup) + tiles.row_ids()
         first_key = self.key_range.first_key(tokens, start)
         end_key = self.key_range.end_key(tokens)
         from_first = self.documents is None and self.key_range.window >= NO_WINDOW

@@ -66,6 +66,7 @@ def select_blocks(
     )
     arguments.check_divides_block_size("queries_per_selection", queries_per_selection, block_size)
     arguments.check_divides_block_size("compression_stride", compression_stride, block_size)
+    arguments.check_starts_block(query_offset, block_size)
     length = arguments.row_length(query, segment_ids, query_offset)
     num_blocks = blocks.number_of_blocks(length, compression_block_size, compression_stride)
     arguments.check_query_key(query, key, num_blocks)
@@ -84,11 +85,12 @@ def select_blocks(
         queries_per_selection,
         segment_ids,
         scale,
+        query_offset,
     )
     lists = dispatch.run(
         "select_blocks",
         implementation,
-        mosaic_gpu=dispatch.of_whole_rows(lambda: mosaic_gpu.select_blocks(*call), query_offset),
-        xla=lambda: reference.select_blocks(*call, query_offset),
+        mosaic_gpu=lambda: mosaic_gpu.select_blocks(*call),
+        xla=lambda: reference.select_blocks(*call),
     )
     return checkpoint_name(lists, RESIDUAL_NAMES[2])

@@ -5,7 +5,8 @@ three are always on the list. Every compressed block that shares tokens with a c
 complete at the query and lies in its document, so that scores need no mask.
 
 Rows are worked on in ranges, so that neither memory nor time is spent on what lies far above the
-diagonal, and a range in chunks, so that scores never take more than `MAX_SCORES` at a time.
+diagonal, and a range in chunks, so that scores never take more than `MAX_SCORES` at a time. Queries
+that are a part of the row are one range, chosen on the device by where they end.
 """
 
 import functools
@@ -24,6 +25,7 @@ from pallas_kernels.select_blocks.scores import COLUMNS_MULTIPLE, Tap, Tiling, i
 
 MAX_SCORES = 2**26  # float32 numbers in memory at a time
 MAX_HEAD_DIM = 320
+NO_BLOCK = 2**30  # after all others
 
 
 def select_blocks(
@@ -37,6 +39,7 @@ def select_blocks(
     queries_per_selection: int,
     segment_ids: jax.Array | None,
     scale: float,
+    query_offset: jax.Array | int | None = None,
     *,
     sizes: Tiling | None = None,
     interpret: Any = None,
@@ -51,7 +54,8 @@ def select_blocks(
     sizes = sizes or tiling(len(taps), query.shape[3])
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
-    step, num_blocks = queries_per_selection, pl.cdiv(length, block_size)
+    num_tokens = length if segment_ids is None else segment_ids.shape[1]
+    step, num_blocks = queries_per_selection, pl.cdiv(num_tokens, block_size)
     num_groups = pl.cdiv(length, step)
     num_rows = num_groups + -num_groups % tiles.ROWS
 
@@ -62,7 +66,10 @@ def select_blocks(
     )
     lse = pad_axis1(lse[:, ::step] * tiles.LOG2E, 0, num_rows - num_groups)
     lse = lse.reshape(batch, num_rows, num_kv_heads, -1).transpose(0, 2, 3, 1)
-    bounds = block_bounds(segment_ids, batch, length, step, block_size, num_rows)
+    positions, visible_from = (
+        x[:, ::step] for x in blocks.query_rows(segment_ids, length, query_offset)
+    )
+    bounds = block_bounds(positions, visible_from, batch, block_size, num_rows)
 
     def list_chunk(start: jax.Array, num_chunk_rows: int, num_columns: int) -> jax.Array:
         own, first = (lax.dynamic_slice_in_dim(x, start, num_chunk_rows, axis=1) for x in bounds)
@@ -72,14 +79,18 @@ def select_blocks(
         )  # fmt: skip
         return largest(scores, own, first, size=num_selected_blocks, interpret=interpret)
 
-    lists = []
-    begin = 0
-    for num_columns in column_ranges(num_blocks):
-        end = min(num_columns * block_size // step, num_rows)
+    def list_range(num_columns: int, begin: int, end: int) -> jax.Array:
         list_rows = functools.partial(list_chunk, num_columns=num_columns)
-        most = MAX_SCORES // (batch * num_kv_heads * num_columns)
-        lists.append(map_rows(list_rows, begin, end, most))
-        begin = end
+        return map_rows(list_rows, begin, end, MAX_SCORES // (batch * num_kv_heads * num_columns))
+
+    columns = column_ranges(num_blocks)
+    if query_offset is not None:
+        last_block = (query_offset + length - 1) // block_size
+        which = jnp.searchsorted(jnp.array(columns), last_block, side="right")
+        ranges = [functools.partial(list_range, number, 0, num_rows) for number in columns]
+        return lax.switch(which, ranges)[:, :num_groups]
+    ends = [min(number * block_size // step, num_rows) for number in columns]
+    lists = [list_range(*sizes) for sizes in zip(columns, [0, *ends], ends, strict=False)]
     return jnp.concatenate(lists, axis=1)[:, :num_groups]
 
 
@@ -134,21 +145,22 @@ def tapped_keys(
 
 
 def block_bounds(
-    segment_ids: jax.Array | None,
-    batch: int,
-    length: int,
-    step: int,
-    block_size: int,
-    num_rows: int,
+    positions: jax.Array, visible_from: jax.Array, batch: int, block_size: int, num_rows: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns own block, -1 for padding, and first block of the document, int32 [B, num_rows]."""
-    positions = blocks.token_positions(length)[:, ::step]
-    visible_from = blocks.visible_from(segment_ids, length)[:, ::step]
+    """Returns own block, -1 for padding, and first block of the document, int32 [B, num_rows].
+
+    Args:
+      positions: int32 [1, M] of the queries.
+      visible_from: int32 [B or 1, M] of them, see `blocks.visible_from`.
+      batch: B.
+      block_size: Tokens of a block.
+      num_rows: Rows to pad to.
+    """
     own = jnp.where(visible_from <= positions, positions // block_size, -1)
     first = visible_from // block_size
     shape, missing = (batch, own.shape[1]), num_rows - own.shape[1]
     own, first = (jnp.broadcast_to(x, shape) for x in (own, first))
-    return pad_axis1(own, 0, missing, -1), pad_axis1(first, 0, missing, length)
+    return pad_axis1(own, 0, missing, -1), pad_axis1(first, 0, missing, NO_BLOCK)
 
 
 def column_ranges(num_blocks: int) -> list[int]:

@@ -55,6 +55,7 @@ def selected_attention(
     arguments.check_value(key, value, value_dim)
     arguments.check_positive(block_size=block_size, queries_per_selection=queries_per_selection)
     arguments.check_divides_block_size("queries_per_selection", queries_per_selection, block_size)
+    arguments.check_starts_block(query_offset, block_size)
     if block_indices.ndim != 4:
         raise ValueError(f"block_indices: expected [B, M, K, L], got {list(block_indices.shape)}")
     num_groups = -(-query.shape[1] // queries_per_selection)
@@ -65,12 +66,9 @@ def selected_attention(
     return dispatch.run(
         "selected_attention",
         implementation,
-        mosaic_gpu=dispatch.of_whole_rows(
-            lambda: mosaic_gpu.selected_attention(
-                query, key, value, block_indices, block_size, queries_per_selection,
-                value_dim, segment_ids, scale,
-            ),
-            query_offset,
+        mosaic_gpu=lambda: mosaic_gpu.selected_attention(
+            query, key, value, block_indices, block_size, queries_per_selection,
+            value_dim, segment_ids, scale, query_offset,
         ),
         xla=lambda: reference.selected_attention(
             query, key, key[..., :value_dim] if value is None else value, block_indices,

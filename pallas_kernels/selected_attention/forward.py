@@ -18,6 +18,7 @@ def forward(
     value: jax.Array | None,
     entries: jax.Array,
     counts: jax.Array,
+    query_offset: jax.Array | None,
     *,
     value_columns: slice,
     num_stages: int,
@@ -27,10 +28,11 @@ def forward(
     Args:
       problem: The static part.
       query: Rows [B * T * K * heads, H], see `Problem`.
-      key: [B, T, K, H].
-      value: [B, T, K, h], or None: the first columns of the key.
+      key: [B, S, K, H].
+      value: [B, S, K, h], or None: the first columns of the key.
       entries: int32 [B, K, tiles, E] of `lists.union_lists`.
       counts: int32 [B, K, tiles].
+      query_offset: int32 [1], position in the row of the first query; None = 0.
       value_columns: Columns of the value to work on, at most 256.
       num_stages: Steps whose keys are in shared memory at a time.
 
@@ -44,10 +46,10 @@ def forward(
     arrays = (key,) if value is None else (key, value)
 
     def selected_attention_forward(  # type: ignore[no-untyped-def]
-            query_ref, array_refs, entries_ref, counts_ref, output_ref, lse_ref,
+            query_ref, array_refs, entries_ref, counts_ref, offset_ref, output_ref, lse_ref,
             query_s, array_s, own_output_s, lse_s, entries_s,
             list_barrier, query_barrier, barriers):  # fmt: skip
-        walk = tile_walk.TileWalk(problem, entries_s, array_refs, array_s, barriers)
+        walk = tile_walk.TileWalk(problem, offset_ref, entries_s, array_refs, array_s, barriers)
         tile = (walk.batch, walk.head, walk.tile)
         tile_walk.copy_list(entries_ref.at[tile], entries_s, list_barrier)
         walk.load(query_ref, query_s, query_barrier)
@@ -113,4 +115,4 @@ def forward(
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=problem.interpret,
-    )(query, arrays, entries, counts)
+    )(query, arrays, entries, counts, query_offset)

@@ -92,8 +92,17 @@ class Sums:
 class GroupWalk:
     """The walk of an item over its groups."""
 
-    def __init__(self, problem: Problem, groups: Any, items: Any, barriers: Any, num_stages: int):
-        self.problem, self.groups, self.barriers = problem, groups, barriers
+    def __init__(
+        self,
+        problem: Problem,
+        query_offset: Any,
+        groups: Any,
+        items: Any,
+        barriers: Any,
+        num_stages: int,
+    ):
+        self.problem, self.query_offset = problem, query_offset
+        self.groups, self.barriers = groups, barriers
         self.num_stages, self.num_groups = num_stages, problem.groups_per_tile
         self.item = lax.axis_index("item")
         fields = [items[self.item * 4 + i] for i in range(4)]
@@ -105,6 +114,10 @@ class GroupWalk:
         of_row, of_key = (1, 0) if problem.sums_by_key else (0, 1)
         self.row = plgpu.broadcasted_iota(jnp.int32, shape, of_row, layout=tiles.LAYOUT)
         self.key = plgpu.broadcasted_iota(jnp.int32, shape, of_key, layout=tiles.LAYOUT)
+
+    def query_at(self, position: Any) -> Any:
+        """The query at a position in the row, counted from the first one and before it too."""
+        return position if self.query_offset is None else position - self.query_offset[0]
 
     def groups_of(self, step: jax.Array) -> list[jax.Array]:
         return [
@@ -139,7 +152,7 @@ class GroupWalk:
             group = jnp.where(self.row >= i * size, later, group)
         token = lax.div(lax.rem(self.row, jnp.int32(size)), jnp.int32(problem.heads))
         token += group * problem.queries_per_selection
-        first_key = self.block * problem.block_size
+        first_key = self.query_at(self.block * problem.block_size)
         return jnp.where(self.key <= token - first_key, scores, -jnp.inf)
 
     def run(self, step: Any, sums: Any) -> Any:
@@ -150,7 +163,7 @@ class GroupWalk:
         problem = self.problem
         own_groups = problem.block_size // problem.queries_per_selection
         first_token = self.groups[self.start] * problem.queries_per_selection
-        is_own = first_token < (self.block + 1) * problem.block_size
+        is_own = first_token < self.query_at((self.block + 1) * problem.block_size)
         causal_steps = jnp.minimum(self.num_steps, pl.cdiv(own_groups, self.num_groups))
         num_causal = jnp.where(is_own, causal_steps, 0)
         sums = lax.fori_loop(0, num_causal, functools.partial(step, causal=True), sums)
@@ -166,6 +179,7 @@ def key_gradient_items(
     doutput: jax.Array,
     statistics: tuple[jax.Array, ...],
     inverse: InverseLists,
+    query_offset: jax.Array | None,
     *,
     num_stages: int,
 ) -> tuple[jax.Array, ...]:
@@ -174,11 +188,12 @@ def key_gradient_items(
     Args:
       problem: The static part.
       query: Rows [B * T * K * heads, H], see `Problem`.
-      key: [B, T, K, H].
-      value: [B, T, K, h], or None: the first h columns of the key.
+      key: [B, S, K, H].
+      value: [B, S, K, h], or None: the first h columns of the key.
       doutput: Rows [B * T * K * heads, h].
       statistics: Of `row_statistics.lay_out`.
       inverse: Of `lists.inverse_lists`.
+      query_offset: int32 [1], position in the row of the first query; None = 0.
       num_stages: Steps whose rows are in shared memory at a time.
 
     Returns:
@@ -192,10 +207,11 @@ def key_gradient_items(
     totals = Sums(problem, width, value_width, value is None)
 
     def selected_attention_dkv(  # type: ignore[no-untyped-def]
-            row_refs, statistics_refs, array_refs, groups_ref, items_ref, *rest):  # fmt: skip
+            row_refs, statistics_refs, array_refs, groups_ref, items_ref, offset_ref,
+            *rest):  # fmt: skip
         gradient_refs, scratch = rest[: len(arrays)], rest[len(arrays) :]
         row_s, statistics_s, array_s, product_s, array_barrier, barriers = scratch
-        walk = GroupWalk(problem, groups_ref, items_ref, barriers, num_stages)
+        walk = GroupWalk(problem, offset_ref, groups_ref, items_ref, barriers, num_stages)
         fetch = functools.partial(
             walk.fetch,
             list(zip(row_refs, row_s, strict=True)),
@@ -283,7 +299,7 @@ def key_gradient_items(
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=problem.interpret,
-    )(rows, statistics, arrays, inverse.groups, inverse.items)
+    )(rows, statistics, arrays, inverse.groups, inverse.items, query_offset)
 
 
 def sum_items(
@@ -305,7 +321,7 @@ def sum_items(
         def add_item(item, sums):  # type: ignore[no-untyped-def]
             return sums + plgpu.load(parts_ref.at[item], layout=tiles.LAYOUT, optimized=False)
 
-        first_range = lax.div(block, jnp.int32(cells.blocks_per_range))
+        first_range = cells.first_range_of(block)
         sums = tiles.zeros(parts.shape[1:])
         sums = lax.fori_loop(first_range, cells.num_ranges, add_range, sums)
         by_key = output_s if problem.sums_by_key else tiles.transposed(output_s)

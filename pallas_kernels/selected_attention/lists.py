@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.blocks import of_queries
+
 MEMBER_BITS = 8  # an entry is block << MEMBER_BITS | set of the groups of the tile that chose it
 COPY_WORDS = 32  # lists are padded to 128 bytes, which copies into shared memory must be
 NONE = np.iinfo(np.int32).max  # sorts after every entry
@@ -23,6 +25,7 @@ def clean_lists(
     segment_ids: jax.Array | None,
     block_size: int,
     queries_per_selection: int,
+    query_offset: jax.Array | int | None = None,
 ) -> jax.Array:
     """Returns the lists [B, K, M, L] with -1 for what no query of the group may count.
 
@@ -31,19 +34,25 @@ def clean_lists(
 
     Args:
       block_indices: int [B, M, K, L].
-      segment_ids: int [B, M * queries_per_selection] or None.
+      segment_ids: int of all tokens of the row, which ends with a whole block and not before the
+        last group, or None.
       block_size: Tokens of a block.
       queries_per_selection: Queries of a group.
+      query_offset: int32 [], position in the row of the first query; None = they are the row.
     """
     lists = block_indices.astype(jnp.int32).swapaxes(1, 2)
     num_groups, length = lists.shape[2:]
     own = jnp.arange(num_groups, dtype=jnp.int32)[:, None] * queries_per_selection // block_size
+    if query_offset is not None:
+        own += query_offset // block_size
     earlier = jnp.tril(jnp.ones((length, length), bool), -1)
     repeated = ((lists[..., :, None] == lists[..., None, :]) & earlier).any(-1)
     counts = (lists >= 0) & (lists <= own) & ~repeated
     if segment_ids is not None:
         block_segments = segment_ids[:, None, None, ::block_size]
-        group_segments = segment_ids[:, None, ::queries_per_selection, None]
+        num_queries = num_groups * queries_per_selection
+        query_segments = of_queries(segment_ids, num_queries, query_offset)
+        group_segments = query_segments[:, None, ::queries_per_selection, None]
         segments = jnp.take_along_axis(block_segments, jnp.maximum(lists, 0), axis=3, mode="clip")
         counts &= (segments == group_segments) & (group_segments > 0)
     return jnp.where(counts, lists, -1)
@@ -90,14 +99,15 @@ class Cells:
     """Numbering of cells (range of groups, key head of a row, block), ranges outermost.
 
     A block is chosen by groups of its own range or of later ones, so range i has cells for the
-    blocks of ranges 0 .. i only.
+    blocks of ranges 0 .. i only. Where the groups stand in the row is not known if they are a part
+    of it (blocks_per_range None): then every range has cells for all blocks.
     """
 
     num_heads: int  # B * K
     num_groups: int
     num_blocks: int
     groups_per_range: int
-    blocks_per_range: int
+    blocks_per_range: int | None
 
     @property
     def num_ranges(self) -> int:
@@ -105,16 +115,26 @@ class Cells:
 
     def blocks_of(self, index):  # type: ignore[no-untyped-def]
         """Blocks with a cell in range `index`, an int or an array of them."""
+        if self.blocks_per_range is None:
+            return self.num_blocks
         return jnp.minimum(self.num_blocks, (index + 1) * self.blocks_per_range)
 
     def first_of(self, index):  # type: ignore[no-untyped-def]
         """The first cell of range `index`."""
+        if self.blocks_per_range is None:
+            return self.num_heads * self.num_blocks * index
         return self.num_heads * self.blocks_per_range * (index * (index + 1) // 2)
 
     def range_of(self, cell: jax.Array) -> jax.Array:
         """The range of cells [X]."""
         later = self.first_of(np.arange(1, self.num_ranges, dtype=np.int32))
         return (cell[:, None] >= later).sum(1, dtype=jnp.int32)
+
+    def first_range_of(self, block):  # type: ignore[no-untyped-def]
+        """The first range with a cell for a block."""
+        if self.blocks_per_range is None:
+            return 0
+        return lax.div(block, jnp.int32(self.blocks_per_range))
 
     @property
     def count(self) -> int:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import blocks
 from pallas_kernels.masked_attention import RESIDUAL_NAMES, from_rows, to_rows
 from pallas_kernels.mosaic import tiles
 from pallas_kernels.selected_attention import (
@@ -45,6 +46,7 @@ def selected_attention(
     value_dim: int | None,
     segment_ids: jax.Array | None,
     scale: float,
+    query_offset: jax.Array | int | None = None,
     *,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -70,21 +72,25 @@ def selected_attention(
         interpret=interpret,
     )
     _check(problem, query, key, value, value_dim)
-    query, key = _pad(query, 1, tail), _pad(key, 1, tail)
-    value = _pad(value, 1, tail)
+    key_tail = -key.shape[1] % KEYS
+    query, key, value = _pad(query, 1, tail), _pad(key, 1, key_tail), _pad(value, 1, key_tail)
     num_groups = query.shape[1] // queries_per_selection
+    # The padding of queries that are a part of the row may be behind that of the row.
+    row_tail = key_tail if query_offset is None else key_tail + KEYS
     lists = clean_lists(
         _pad(block_indices, 1, num_groups - block_indices.shape[1], fill=-1),
-        _pad(segment_ids, 1, tail),
+        _pad(segment_ids, 1, row_tail),
         block_size,
         queries_per_selection,
+        query_offset,
     )
     split = query.reshape(batch, length + tail, num_kv_heads, heads, -1)
     query = _pad(split, 3, padded_heads - heads).reshape(*query.shape[:2], -1, query.shape[3])
-    results = _attention(problem, value_dim, query, key, value, lists)
+    offset = None if query_offset is None else jnp.asarray(query_offset, jnp.int32)[None]
+    results = _attention(problem, value_dim, query, key, value, lists, offset)
     output, lse = (_drop_heads(x[:, :length], num_kv_heads, heads) for x in results)
     if segment_ids is not None:
-        is_token = segment_ids[..., None] > 0
+        is_token = blocks.of_queries(segment_ids, length, query_offset)[..., None] > 0
         output = jnp.where(is_token[..., None], output, 0)
         lse = jnp.where(is_token, lse, -jnp.inf)
     return output, lse
@@ -146,31 +152,34 @@ def _attention(
     key: jax.Array,
     value: jax.Array | None,
     lists: jax.Array,
+    query_offset: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends to the blocks of `lists.clean_lists`; T a multiple of 64."""
-    return _forward(problem, value_dim, query, key, value, lists)[0]
+    """Attends to the blocks of `lists.clean_lists`; T and S multiples of 64."""
+    return _forward(problem, value_dim, query, key, value, lists, query_offset)[0]
 
 
-def _forward(problem, value_dim, query, key, value, lists):  # type: ignore[no-untyped-def]
+def _forward(  # type: ignore[no-untyped-def]
+    problem, value_dim, query, key, value, lists, query_offset
+):
     rows = problem.to_rows(query)
     entries, counts = union_lists(lists, problem.groups_per_tile)
     outputs = []
     for start in range(0, value_dim, tiles.MAX_COLUMNS):
         columns = slice(start, min(start + tiles.MAX_COLUMNS, value_dim))
         output, lse = forward.forward(
-            problem, rows, key, value, entries, counts,
+            problem, rows, key, value, entries, counts, query_offset,
             value_columns=columns, num_stages=1 if value_dim > tiles.MAX_COLUMNS else 2,
         )  # fmt: skip
         outputs.append(output)
     output = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=-1)
     output = checkpoint_name(problem.from_rows(output), RESIDUAL_NAMES[0])
     lse = checkpoint_name(lse, RESIDUAL_NAMES[1])
-    residuals = rows, key, value, lists, entries, counts, output, lse
+    residuals = rows, key, value, lists, query_offset, entries, counts, output, lse
     return (output, from_rows(lse / tiles.LOG2E, problem.num_tokens)), residuals
 
 
 def _backward(problem, value_dim, residuals, cotangents):  # type: ignore[no-untyped-def]
-    query, key, value, lists, entries, counts, output, lse = residuals
+    query, key, value, lists, query_offset, entries, counts, output, lse = residuals
     doutput, dlse = cotangents
     if value_dim > tiles.MAX_COLUMNS:
         raise NotImplementedError(f"value_dim: no gradient kernel for {value_dim}")
@@ -181,16 +190,18 @@ def _backward(problem, value_dim, residuals, cotangents):  # type: ignore[no-unt
     lse = jnp.where(sees_any, lse, 0)
     doutput = problem.to_rows(doutput)
     dquery = query_gradient.query_gradient(
-        problem, query, key, value, doutput, lse, delta, entries, counts,
+        problem, query, key, value, doutput, lse, delta, entries, counts, query_offset,
         num_stages=4 if problem.is_wide else 2,
     )  # fmt: skip
     statistics = row_statistics.lay_out(problem, lse, delta)
-    dkey, *dvalue = _key_gradients(problem, query, key, value, doutput, statistics, lists)
-    return problem.from_rows(dquery), dkey, *(dvalue or [None]), None
+    dkey, *dvalue = _key_gradients(
+        problem, query, key, value, doutput, statistics, lists, query_offset
+    )
+    return problem.from_rows(dquery), dkey, *(dvalue or [None]), None, None
 
 
 def _key_gradients(  # type: ignore[no-untyped-def]
-    problem, query, key, value, doutput, statistics, lists
+    problem, query, key, value, doutput, statistics, lists, query_offset
 ) -> list[jax.Array]:
     """Gradients of the key and of the value if there is one."""
     batch, length, num_kv_heads, _ = key.shape
@@ -199,14 +210,14 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     range_tokens = _power_of_two(max(in_cache // 2 + 1, -(-length // MAX_RANGES)))
     cells = Cells(
         num_heads=batch * num_kv_heads,
-        num_groups=length // problem.queries_per_selection,
+        num_groups=problem.num_tokens // problem.queries_per_selection,
         num_blocks=length // problem.block_size,
         groups_per_range=range_tokens // problem.queries_per_selection,
-        blocks_per_range=range_tokens // problem.block_size,
+        blocks_per_range=range_tokens // problem.block_size if query_offset is None else None,
     )
     inverse = inverse_lists(lists, cells, GROUPS_PER_ITEM)
     items = key_gradient.key_gradient_items(
-        problem, query, key, value, doutput, statistics, inverse,
+        problem, query, key, value, doutput, statistics, inverse, query_offset,
         num_stages=1 if problem.is_wide else 2,
     )  # fmt: skip
     arrays = (key,) if value is None else (key, value)

@@ -21,6 +21,7 @@ def query_gradient(
     delta: jax.Array,
     entries: jax.Array,
     counts: jax.Array,
+    query_offset: jax.Array | None,
     *,
     num_stages: int,
 ) -> jax.Array:
@@ -29,13 +30,14 @@ def query_gradient(
     Args:
       problem: The static part.
       query: Rows [B * T * K * heads, H], see `Problem`.
-      key: [B, T, K, H].
-      value: [B, T, K, h], or None: the first h columns of the key.
+      key: [B, S, K, H].
+      value: [B, S, K, h], or None: the first h columns of the key.
       doutput: Rows [B * T * K * heads, h].
       lse: [B, K, T * heads] in base 2.
       delta: [B, K, T * heads].
       entries: int32 [B, K, tiles, E] of `lists.union_lists`.
       counts: int32 [B, K, tiles].
+      query_offset: int32 [1], position in the row of the first query; None = 0.
       num_stages: Steps whose keys are in shared memory at a time.
 
     Returns:
@@ -48,9 +50,9 @@ def query_gradient(
 
     def selected_attention_dq(  # type: ignore[no-untyped-def]
             query_ref, doutput_ref, statistics_refs, array_refs, entries_ref, counts_ref,
-            gradient_ref, query_s, doutput_s, statistics_s, array_s, entries_s,
+            offset_ref, gradient_ref, query_s, doutput_s, statistics_s, array_s, entries_s,
             list_barrier, row_barrier, barriers):  # fmt: skip
-        walk = tile_walk.TileWalk(problem, entries_s, array_refs, array_s, barriers)
+        walk = tile_walk.TileWalk(problem, offset_ref, entries_s, array_refs, array_s, barriers)
         tile = (walk.batch, walk.head, walk.tile)
         tile_walk.copy_list(entries_ref.at[tile], entries_s, list_barrier)
         walk.load(query_ref, query_s, row_barrier)
@@ -108,4 +110,4 @@ def query_gradient(
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=problem.interpret,
-    )(query, doutput, (lse, delta), arrays, entries, counts)
+    )(query, doutput, (lse, delta), arrays, entries, counts, query_offset)

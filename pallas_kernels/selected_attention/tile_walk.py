@@ -150,7 +150,15 @@ class Problem:
 class TileWalk:
     """What the forward kernel and the one for the query's gradient share: the walk of a tile."""
 
-    def __init__(self, problem: Problem, entries: Any, arrays: Any, buffers: Any, barriers: Any):
+    def __init__(
+        self,
+        problem: Problem,
+        query_offset: Any,
+        entries: Any,
+        arrays: Any,
+        buffers: Any,
+        barriers: Any,
+    ):
         self.problem, self.entries, self.arrays = problem, entries, arrays
         self.buffers, self.barriers = buffers, barriers
         self.num_stages = buffers[0].shape[0]
@@ -159,6 +167,8 @@ class TileWalk:
         row = tiles.row_ids()
         self.group = lax.div(row, jnp.int32(problem.rows_per_group))
         first = self.tile * problem.tokens_per_tile
+        if query_offset is not None:
+            first = query_offset[0] + first
         self.token = first + lax.div(row, jnp.int32(problem.heads))
         self.column = tiles.column_ids(ROWS, problem.block_size)
 

@@ -8,12 +8,13 @@ from pallas_kernels.sliding_window_attention import mosaic_gpu, reference
 
 def sliding_window_attention(
     query: jax.Array,  # [B, T, N, H]
-    key: jax.Array,  # [B, T, K, H]
-    value: jax.Array | None,  # [B, T, K, h]
+    key: jax.Array,  # [B, S, K, H]
+    value: jax.Array | None,  # [B, S, K, h]
     *,
     window_size: int,
     value_dim: int | None = None,
-    segment_ids: jax.Array | None = None,  # [B, T]
+    segment_ids: jax.Array | None = None,  # [B, S]
+    query_offset: jax.Array | int | None = None,
     scale: float | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, N, h], [B, T, N]
@@ -24,11 +25,13 @@ def sliding_window_attention(
 
     Args:
       query: [B, T, N, H].
-      key: [B, T, K, H]; K divides N, query head n reads key head n // (N // K).
-      value: [B, T, K, h], or None: the first `value_dim` numbers of each key.
+      key: [B, S, K, H]; K divides N, query head n reads key head n // (N // K).
+      value: [B, S, K, h], or None: the first `value_dim` numbers of each key.
       window_size: Tokens a token sees, at least 1.
       value_dim: h, needed where value is None.
-      segment_ids: int32 [B, T], document of each token, 0 = padding; None = one document a row.
+      segment_ids: int32 [B, S], document of each token, 0 = padding; None = one document a row.
+      query_offset: int32 [], traced or not: the queries are tokens query_offset ..
+        query_offset + T - 1 of a row of S tokens. None = they are the whole row, S = T.
       scale: Factor of the scores; None = 1 / sqrt(H).
       implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
 
@@ -40,19 +43,20 @@ def sliding_window_attention(
       ValueError: An argument has a wrong shape, type or size.
       NotImplementedError: The implementation asked for cannot take the call.
     """
-    arguments.check_query_key(query, key, query.shape[1])
+    length = arguments.row_length(query, segment_ids, query_offset)
+    arguments.check_query_key(query, key, length)
     arguments.check_value(key, value, value_dim)
     arguments.check_positive(window_size=window_size)
-    arguments.check_segment_ids(segment_ids, query)
+    arguments.check_segment_ids(segment_ids, query, length)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return dispatch.run(
         "sliding_window_attention",
         implementation,
         mosaic_gpu=lambda: mosaic_gpu.sliding_window_attention(
-            query, key, value, window_size, value_dim, segment_ids, scale
+            query, key, value, window_size, value_dim, segment_ids, scale, query_offset
         ),
         xla=lambda: reference.sliding_window_attention(
             query, key, key[..., :value_dim] if value is None else value, window_size,
-            segment_ids, scale,
+            segment_ids, scale, query_offset,
         ),
     )  # fmt: skip

@@ -16,6 +16,7 @@ def sliding_window_attention(
     value_dim: int | None,
     segment_ids: jax.Array | None,
     scale: float,
+    query_offset: jax.Array | int | None = None,
     *,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -32,4 +33,4 @@ def sliding_window_attention(
         warpgroups=1 if interpret else 2,
         interpret=interpret,
     )
-    return flash_attention(query, key, value, segment_ids, settings)
+    return flash_attention(query, key, value, segment_ids, query_offset, settings)

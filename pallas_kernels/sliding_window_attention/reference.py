@@ -18,8 +18,35 @@ def sliding_window_attention(
     window_size: int,
     segment_ids: jax.Array | None,
     scale: float,
+    query_offset: jax.Array | int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.sliding_window_attention`; value is given."""
+    if query_offset is None:
+        return attend_row(query, key, value, window_size, segment_ids, scale)
+    if segment_ids is None:
+        segment_ids = jnp.ones(key.shape[:2], jnp.int32)
+    num_queries = query.shape[1]
+    halo = min(window_size - 1, key.shape[1] - num_queries)  # earlier tokens that queries may see
+
+    def pad(array: jax.Array) -> jax.Array:
+        return jnp.pad(array, ((0, 0), (halo, 0), *((0, 0) for _ in array.shape[2:])))
+
+    def part(row: jax.Array) -> jax.Array:
+        return blocks.of_queries(pad(row), halo + num_queries, query_offset)
+
+    row = pad(query), part(key), part(value), window_size, part(segment_ids), scale
+    return jax.tree.map(lambda array: array[:, halo:], attend_row(*row))
+
+
+def attend_row(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    window_size: int,
+    segment_ids: jax.Array | None,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends from every token of a row."""
     batch, length, num_heads, _ = query.shape
     band_size = min(window_size, length)
     num_bands = -(-length // band_size)

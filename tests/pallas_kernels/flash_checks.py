@@ -108,6 +108,7 @@ def check_against_definition(
         jax.tree.leaves(gradients), jax.tree.leaves(wanted_gradients), strict=True
     ):
         assert relative_error(gradient, wanted_gradient) < 6e-3
+        assert not jnp.where(wanted_gradient.any(-1, keepdims=True), 0, gradient).any()
 
 
 def lower_transformed(attend: Attend, shapes: Shapes) -> str:

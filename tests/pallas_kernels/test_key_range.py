@@ -59,7 +59,7 @@ def test_nothing_overflows_at_the_longest_row() -> None:
 def test_documents_bound_tiles_of_tokens_and_keys(stride: int) -> None:
     length, num_keys = 512, 512 // stride // 64 * 64 or 64
     row = packed_row(length)
-    found = documents(row, num_keys, stride)
+    found = documents(row, length, num_keys, stride, None)
     segments = np.asarray(row[0])
     starts = [
         next(s for s in range(t + 1) if (segments[s : t + 1] == segments[t]).all())

@@ -22,6 +22,14 @@ def test_clean_lists_drops_what_does_not_count() -> None:
     chex.assert_trees_all_equal(cleaned, jnp.array(wanted)[None, None])
 
 
+def test_clean_lists_of_a_part_are_those_of_the_row() -> None:
+    segment_ids = jnp.array([[1] * 32 + [2] * 24 + [0] * 8])
+    block_indices = jnp.array([[[[i % 4, (i + 1) % 4, 1]] for i in range(16)]])
+    whole = lists.clean_lists(block_indices, segment_ids, 16, 4)
+    part = lists.clean_lists(block_indices[:, 4:9], segment_ids, 16, 4, jnp.int32(16))
+    chex.assert_trees_all_equal(part, whole[:, :, 4:9])
+
+
 @pytest.mark.parametrize("groups_per_tile", [1, 2, 4, 8])
 def test_union_lists_hold_every_choice_once(groups_per_tile: int) -> None:
     rng = np.random.default_rng(groups_per_tile)
@@ -42,11 +50,12 @@ def test_union_lists_hold_every_choice_once(groups_per_tile: int) -> None:
     np.testing.assert_array_equal(found, chosen)
 
 
-@pytest.mark.parametrize("groups_per_range", [8, 16, 64])
-def test_inverse_lists_hold_every_choice_once(groups_per_range: int) -> None:
+@pytest.mark.parametrize(("groups_per_range", "offset"), [(8, 0), (16, 0), (64, 0), (16, 12)])
+def test_inverse_lists_hold_every_choice_once(groups_per_range: int, offset: int) -> None:
     rng = np.random.default_rng(groups_per_range)
     num_groups, num_blocks, groups_per_block, limit = 40, 10, 4, 5
-    own = np.arange(num_groups)[:, None] // groups_per_block
+    own = (offset + np.arange(num_groups))[:, None] // groups_per_block
+    num_blocks += offset // groups_per_block
     chosen = (rng.random((2, 3, num_groups, num_blocks)) < 0.6) & (np.arange(num_blocks) <= own)
     block_lists = jnp.asarray(np.where(chosen, np.arange(num_blocks), -1))
     cells = lists.Cells(
@@ -54,7 +63,7 @@ def test_inverse_lists_hold_every_choice_once(groups_per_range: int) -> None:
         num_groups=num_groups,
         num_blocks=num_blocks,
         groups_per_range=groups_per_range,
-        blocks_per_range=groups_per_range // groups_per_block,
+        blocks_per_range=None if offset else groups_per_range // groups_per_block,
     )
     inverse = lists.inverse_lists(block_lists, cells, limit)
     found = np.zeros_like(chosen).reshape(6, num_groups, num_blocks)
