@@ -24,7 +24,8 @@ from pallas_kernels.mosaic.key_walk import copy_all
 from pallas_kernels.mosaic.tiles import ROWS
 from pallas_kernels.select_blocks.largest import LANES, MAX_LIST, WARPS, largest
 
-COLUMNS = WARPS * LANES  # what the number of scores of a row is a multiple of
+# What the number of scores of a row is a multiple of; the kernel does not compile for one a lane.
+COLUMNS = 4 * WARPS * LANES
 
 
 def decode_select_blocks(

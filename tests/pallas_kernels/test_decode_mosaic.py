@@ -50,9 +50,20 @@ def test_lowers_for_cuda(case, hopper):
     assert text.count("@mosaic_gpu") == (2 if case.op == "lists" else 1)
 
 
-@pytest.mark.parametrize(("batch", "context"), [(1, 2**20), (128, 2**18), (3, 72)])
-def test_lowers_for_any_length_and_batch(batch, context, hopper):
-    assert "@mosaic_gpu" in lower_for_cuda(kernel(LATENT), abstract(LATENT, batch, context))
+@pytest.mark.parametrize(
+    ("name", "batch", "context"),
+    [
+        (LATENT.name, 1, 2**20),
+        (LATENT.name, 128, 2**18),
+        (LATENT.name, 3, 72),
+        ("lists, 16/2 on 160/128", 1, 2**20),
+        ("lists, 16/4 x 64, blocks of 64", 1, 1500),
+        ("selected, 16/4 x 64", 2, 100),
+    ],
+)
+def test_lowers_for_any_length_and_batch(name, batch, context, hopper):
+    case = BY_NAME[name]
+    assert "@mosaic_gpu" in lower_for_cuda(kernel(case), abstract(case, batch, context))
 
 
 def test_lowers_under_scan_vmap_and_shard_map(hopper):

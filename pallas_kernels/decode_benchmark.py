@@ -1,0 +1,166 @@
+"""Times every operation on a cache: `python -m pallas_kernels.decode_benchmark --output DIR`.
+
+Prints a table and writes it to DIR as `decode_kernels.md`, `.json` and `.png`: microseconds of one
+layer's operation for one token of each row, beside its floor, the bytes that it cannot do without
+over what the memory of an H100 delivers. Each operation runs in its own process under a timeout, so
+that a crash or a hang costs one operation.
+
+Calls are repeated on the same arrays: what the L2 cache (50 MB) holds may come faster than its
+floor.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels import dispatch
+from pallas_kernels.benchmark_floors import HBM_BYTES_PER_SECOND
+from pallas_kernels.decode_cases import DECODE_CASES, DecodeCase
+from pallas_kernels.measurement import (
+    Measurement,
+    describe_setting,
+    markdown_table,
+    measure_in_turn,
+    write_report,
+)
+
+HEADER = ("operation", "batch", "context", "us", "floor us", "% of floor")
+BATCHES, CONTEXTS = "1,8,32,128", "4096,16384,65536,262144"
+OPS = tuple(dict.fromkeys(case.op for case in DECODE_CASES))
+
+
+def measure(
+    cases: list[DecodeCase], implementation: str, batches: str, contexts: str, timeout: float
+) -> list[dict[str, Any]]:
+    """Returns a record for each case, batch and context, and for each case that failed."""
+    # There is no matrix product outside the kernels, and tuning takes minutes.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    module = ["-m", "pallas_kernels.decode_benchmark_rows"]
+    running = [
+        Measurement([*module, case.name, implementation, batches, contexts], XLA_FLAGS=flags)
+        for case in cases
+    ]
+    records = []
+    for case, results in zip(cases, measure_in_turn(running, timeout), strict=True):
+        for result in results:
+            if "batch" in result:
+                floor = case.floor_bytes(result["batch"], result["context"]) / HBM_BYTES_PER_SECOND
+                result["floor_milliseconds"] = 1e3 * floor
+            records.append({"case": case.name, **result})
+            print(json.dumps(records[-1]), file=sys.stderr, flush=True)
+    return records
+
+
+def table(records: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Lines of the table, one for each case, batch and context."""
+    lines: list[tuple[str, ...]] = []
+    for record in records:
+        if "batch" not in record:
+            continue
+        time_us, floor_us = "failed", 1e3 * record["floor_milliseconds"]
+        share = ""
+        if "milliseconds" in record:
+            time_us = f"{1e3 * record['milliseconds']:.1f}"
+            share = f"{100 * record['floor_milliseconds'] / record['milliseconds']:.0f}"
+        place = (record["case"], str(record["batch"]), str(record["context"]))
+        lines.append((*place, time_us, f"{floor_us:.1f}", share))
+    return lines
+
+
+def markdown(records: list[dict[str, Any]], about: dict[str, str]) -> str:
+    """The table, what it was measured on and what failed."""
+    text = [*markdown_table(HEADER, table(records)), ""]
+    text += [f"- {name}: {value}" for name, value in about.items()]
+    text += [
+        f"- failed: {r['case']}, batch {r.get('batch')}, context {r.get('context')}: {r['error']}"
+        for r in records
+        if "error" in r
+    ]
+    return "\n".join(text) + "\n"
+
+
+def plot(records: list[dict[str, Any]], about: dict[str, str], path: Path) -> None:
+    """Draws time over context with the floor dotted, a panel for each batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [record for record in records if "milliseconds" in record]
+    batches = sorted({record["batch"] for record in timed})
+    figure, panels = pyplot.subplots(
+        1, max(1, len(batches)), figsize=(5 * max(1, len(batches)) + 3, 6), layout="constrained",
+        sharey=True, squeeze=False,
+    )  # fmt: skip
+    for panel, batch in zip(panels[0], batches, strict=False):
+        for name in dict.fromkeys(record["case"] for record in timed):
+            of_case = [r for r in timed if r["case"] == name and r["batch"] == batch]
+            contexts = [r["context"] for r in of_case]
+            times = [1e3 * r["milliseconds"] for r in of_case]
+            (line,) = panel.plot(contexts, times, marker="o", label=name)
+            floors = [1e3 * r["floor_milliseconds"] for r in of_case]
+            panel.plot(contexts, floors, linestyle=":", color=line.get_color())
+        panel.set(xscale="log", yscale="log", xlabel="tokens of context", title=f"batch {batch}")
+        panel.grid(alpha=0.3)
+    panels[0][0].set(ylabel="microseconds (dotted: floor)")
+    panels[0][-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(f"{about['device']}, jax {about['jax']}, {about['date']}")
+    figure.savefig(path, dpi=120)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="pallas_kernels.decode_benchmark", description=__doc__)
+    parser.add_argument("--ops", default=",".join(OPS), help=f"of {','.join(OPS)}")
+    parser.add_argument("--cases", default="", help="only those whose name contains this")
+    parser.add_argument("--batches", default=BATCHES, help="rows of the cache")
+    parser.add_argument("--contexts", default=CONTEXTS, help="tokens of a row")
+    parser.add_argument("--implementation", default="mosaic_gpu", choices=("mosaic_gpu", "xla"))
+    parser.add_argument("--output", type=Path, help="directory for the table, JSON and chart")
+    parser.add_argument("--timeout_seconds", type=float, default=300, help="of an operation")
+    options = parser.parse_args(arguments)
+    options.ops = options.ops.split(",")
+    if unknown := set(options.ops) - set(OPS):
+        parser.error(f"--ops: unknown {sorted(unknown)}, expected some of {list(OPS)}")
+    for name in ("batches", "contexts"):
+        text = getattr(options, name)
+        if not all(part.isdecimal() and int(part) > 0 for part in text.split(",")):
+            parser.error(f"--{name}: expected numbers with commas between, got {text!r}")
+    options.cases = [
+        case for case in DECODE_CASES if case.op in options.ops and options.cases in case.name
+    ]
+    if not options.cases:
+        parser.error("--cases: no operation of --ops has such a name")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code, 1 if a measurement failed or there is no GPU."""
+    options = parse(arguments)
+    if options.implementation == "mosaic_gpu" and not dispatch.is_hopper():
+        print(
+            "error: the kernels need a Hopper GPU (compute capability 9); "
+            "--implementation=xla runs anywhere",
+            file=sys.stderr,
+        )
+        return 1
+    records = measure(
+        options.cases, options.implementation, options.batches, options.contexts,
+        options.timeout_seconds,
+    )  # fmt: skip
+    about = describe_setting(records, "pallas_kernels.decode_benchmark", arguments)
+    about["setting"] = f"{options.implementation}, bfloat16; median device time, warm"
+    records = [record for record in records if "device" not in record]
+    text = markdown(records, about)
+    print(text, end="")
+    if options.output:
+        write_report(options.output / "decode_kernels", text, about, records)
+        plot(records, about, options.output / "decode_kernels.png")
+    return int(any("error" in record for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
