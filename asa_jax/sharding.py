@@ -52,18 +52,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ConfigError: the product of the axes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    shape = mesh_sizes(config, len(devices))
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Devices along each axis of MESH_AXES, of so many devices.
+
+    Raises:
+        ConfigError: the product of the axes is not the number of devices.
+    """
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     known = math.prod(size for size in sizes if size != -1)
-    shape = [len(devices) // known if size == -1 else size for size in sizes]
-    if math.prod(shape) != len(devices):
+    shape = tuple(devices // known if size == -1 else size for size in sizes)
+    if math.prod(shape) != devices:
         product = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         needed = f"a multiple of {known}" if -1 in sizes else f"{known}"
         raise ConfigError(
-            f"config.mesh: {product} needs {needed} devices, but {len(devices)} are here; "
+            f"config.mesh: {product} needs {needed} devices, but {devices} are here; "
             "set the axes so that their product matches (-1 on one takes the rest)"
         )
-    axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
+    return shape
 
 
 def partition_spec(axes: Sequence[str]) -> P:

@@ -8,12 +8,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import jax
 import pytest
 
 from asa_jax.collectives import collectives
-from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import MESH_AXES
+from asa_jax.training.plan_collectives import planned_collectives
 from tests.compiled_step import config_340m
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -64,55 +63,13 @@ def test_reads_every_form_of_groups_and_loops():
 
 
 def expected_bytes(sizes):
-    """Bytes of a step on one device by (kind, axes), as docs/parallelism.md counts them."""
-    config = config_340m(sizes, {})
-    model, mesh = config.model, dict(zip(MESH_AXES, sizes, strict=True))
-    length, fsdp, tensor, context = config.data.sequence_length, *sizes[1:]
-    rows = config.data.batch_size // (mesh["data"] * fsdp)
-    pairs, width = model.num_layers // 2, 4
-    latents = model.num_latent_groups * model.group_kv_lora_rank + model.qk_rope_head_dim
-    local = model.kv_lora_rank + model.qk_rope_head_dim
-    latent_rows = rows * (length + length // model.compression_stride) * latents * width
-    weights = _weight_bytes(model, tensor)
+    """Bytes of a step on one device by (kind, axis), as docs/parallelism.md counts them."""
+    mesh = dict(zip(MESH_AXES, sizes, strict=True))
     expected = Counter()
-    # Forward and once more backward; embeddings once. Gradients once.
-    expected["all-gather", "fsdp"] = 2 * weights["layers"] + weights["embedding"]
-    expected["reduce", "fsdp"] = sum(weights.values())
-    if context > 1:
-        expected["reduce", "context"] = weights["whole"] + (
-            (weights["layers"] + weights["embedding"]) / fsdp
-        )
-        expected["all-gather", "context"] = 2 * pairs * latent_rows + rows * length * width
-        expected["scatter", "context"] = pairs * latent_rows
-        # Two chunks, forward, once more and backward.
-        halo = rows * (model.window_size - 1) * local * width
-        expected["collective-permute", "context"] = 2 * 3 * pairs * halo
-    if tensor > 1:
-        # Two sums a layer forward, all but the last once more, and by each of its products with
-        # weights backward (query, gates, both of the MLP); the embedding and the loss; the
-        # gradient of latents; four numbers a token of the loss.
-        sums = pairs * (4 + 3 + 7) + 2
-        activations = rows * length * model.hidden_size * width
-        gradients = pairs * (latent_rows + rows * length * local * width)
-        expected["reduce", "tensor"] = sums * activations + gradients + 4 * rows * length * width
+    for each in planned_collectives(config_340m(sizes, {}), mesh):
+        for axis in each.axes:
+            expected[each.op, axis] += each.bytes
     return expected
-
-
-def _weight_bytes(model, tensor):
-    """float32 bytes of weights on one device once gathered: spread by fsdp in layers or not."""
-    _, shapes, axes = abstract_model(model)
-    total = Counter()
-    leaves = zip(
-        jax.tree_util.tree_leaves_with_path(shapes),
-        jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)),
-        strict=True,
-    )
-    for (path, leaf), names in leaves:
-        part = "layers" if "embed" in names else "whole"
-        part = "embedding" if path[0].key == "embedding" else part
-        divided = {"vocab", "heads", "mlp"} & set(names)
-        total[part] += 4 * leaf.size // (tensor if divided else 1)
-    return total
 
 
 def kind_of(each):

@@ -1,5 +1,7 @@
 """Floating-point operations of a training step and the peak of known devices."""
 
+from typing import NamedTuple
+
 import jax
 
 from asa_jax.config import ModelConfig
@@ -63,23 +65,68 @@ def _features(model: ModelConfig, kind: str) -> int:
     return model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
 
 
+class AttentionWork(NamedTuple):
+    """One operation of an attention layer.
+
+    Attributes:
+        op: causal, window, compressed, selected, or select, which has scores alone and no gradient.
+        keys: that a query sees on average over a row of one document.
+        key_dim: features of a key.
+        value_dim: features of a value.
+    """
+
+    op: str
+    keys: float
+    key_dim: int
+    value_dim: int
+
+    def flops(self, *, backward: bool = False) -> float:
+        """Operations of one query and head; backwards with the scores computed anew."""
+        if self.op == "select":
+            return 0.0 if backward else 2 * self.keys * self.key_dim
+        passes = (3, 2) if backward else (1, 1)
+        return 2 * self.keys * (passes[0] * self.key_dim + passes[1] * self.value_dim)
+
+
+def attention_work(model: ModelConfig, kind: str, length: int) -> list[AttentionWork]:
+    """The operations of a layer as they are computed in training: latents of `global` absorbed."""
+    if kind in ("full", "sliding", "nsa"):
+        dims = model.head_dim, model.head_dim
+    elif kind == "global":
+        rank = model.group_kv_lora_rank
+        dims = rank + model.qk_rope_head_dim, rank
+    else:
+        dims = model.qk_nope_head_dim + model.qk_rope_head_dim, model.v_head_dim
+    keys = _keys_by_op(model, kind, length)
+    works = [AttentionWork(op, seen, *dims) for op, seen in keys.items()]
+    if "selected" in keys:
+        # One query in so many makes a list.
+        scored = keys["compressed"] / model.queries_per_selection
+        works.append(AttentionWork("select", scored, *dims))
+    return works
+
+
 def _keys(model: ModelConfig, kind: str, length: int) -> float:
     """Keys that a query sees on average."""
+    return sum(_keys_by_op(model, kind, length).values())
+
+
+def _keys_by_op(model: ModelConfig, kind: str, length: int) -> dict[str, float]:
+    """The same by operation of attention."""
 
     def newest(most: int) -> float:
         most = min(most, length)
         return most - most * (most - 1) / (2 * length)
 
-    compressed = newest(length) / model.compression_stride
-    selected = newest(model.num_selected_blocks * model.selection_block_size)
-    match kind:
-        case "full" | "mla":
-            return newest(length)
-        case "sliding" | "local":
-            return newest(model.window_size)
-        case "global":
-            return compressed + selected
-    branches = {
-        "compression": compressed, "selection": selected, "window": newest(model.window_size)
-    }  # fmt: skip
-    return sum(branches[branch] for branch in model.nsa_branches)
+    if kind in ("full", "mla"):
+        return {"causal": newest(length)}
+    if kind in ("sliding", "local"):
+        return {"window": newest(model.window_size)}
+    every = {
+        "compressed": newest(length) / model.compression_stride,
+        "selected": newest(model.num_selected_blocks * model.selection_block_size),
+        "window": newest(model.window_size),
+    }
+    branches = {"compression": "compressed", "selection": "selected", "window": "window"}
+    taken = ("compression", "selection") if kind == "global" else model.nsa_branches
+    return {branches[branch]: every[branches[branch]] for branch in taken}

@@ -1,0 +1,107 @@
+"""Plans against XLA's own account of memory, against hand counts and against measured rates."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from asa_jax.config import config_from_dict
+from asa_jax.errors import ConfigError
+from asa_jax.flags import PROJECT
+from asa_jax.sharding import make_mesh
+from asa_jax.training.compile_time import lower_step
+from asa_jax.training.plan import make_plan, table
+from asa_jax.training.plan_memory import memory_by_cause, peak
+from asa_jax.training.plan_share import trace_share
+from asa_jax.training.step import make_trainer
+from configs import asa_340m
+from tests.models import QUICK_COMPILE
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
+
+
+def config_of(arm="asa", **fields):
+    values = asa_340m.get_config(arm)
+    values.update_from_flattened_dict(fields)
+    return config_from_dict(values.to_dict())
+
+
+def test_memory_is_that_of_the_compiled_step(byte_lengths):
+    """On a CPU, where attention in XLA is what runs."""
+    config = config_of(
+        **{
+            "model.layer_kinds": ("local",) * 8, "model.hidden_size": 128,
+            "model.mlp_size": 384, "model.vocab_size": 512, "model.num_heads": 4,
+            "model.window_size": 64,
+            "model.compute_dtype": "float32", "model.attention_implementation": "xla",
+            "data.sequence_length": 128, "data.batch_size": 8,
+        }
+    )  # fmt: skip
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    measured = lower_step(config, mesh).compile(QUICK_COMPILE).memory_analysis()
+    state = make_trainer(config, mesh, byte_lengths).state
+    memory = memory_by_cause(config, mesh, state, trace_share(config, mesh.shape))
+    always = sum(memory["always"].values())
+    assert always == pytest.approx(measured.argument_size_in_bytes, rel=1e-3)
+    _, most = peak(memory)
+    assert most == pytest.approx(always + measured.temp_size_in_bytes, rel=0.1)
+
+
+def test_products_by_hand():
+    """6 a weight and token, and the logits once more in the backward pass."""
+    config = config_of(
+        "sliding",
+        **{
+            "model.layer_kinds": ("sliding", "sliding"), "model.hidden_size": 64,
+            "model.mlp_size": 96, "model.vocab_size": 512, "model.num_heads": 4,
+            "model.num_kv_heads": 2, "model.head_dim": 16, "model.remat": "none",
+            "data.sequence_length": 64, "data.batch_size": 4,
+        },
+    )  # fmt: skip
+    layer = 64 * (4 * 16 + 2 * 2 * 16) + 4 * 16 * 64 + 3 * 64 * 96
+    expected = 64 * 4 * (6 * 2 * layer + 8 * 64 * 512)
+    share = trace_share(config, ONE)
+    assert sum(each.flops * each.times for each in share.products) == expected
+    # Each of four devices has a half of the rows and of heads, MLP and vocabulary.
+    part = trace_share(config, {**ONE, "fsdp": 2, "tensor": 2})
+    assert sum(each.flops * each.times for each in part.products) == expected / 4
+
+
+def test_the_rate_is_near_what_one_h100_attained():
+    plan = make_plan(config_of(**{"data.batch_size": 8}), 1, "H100")
+    assert plan["tokens_per_second"] == pytest.approx(133e3, rel=0.2)
+    assert plan["fits"] and not plan["collectives"]
+
+
+def test_the_command_plans_for_devices_that_are_not_here(tmp_path):
+    command = [
+        sys.executable, "-m", "asa_jax.training.plan", "--config=configs/asa_1b.py",
+        "--devices=64", "--config.mesh.fsdp=8", f"--json={tmp_path / 'plan.json'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["mesh"] == {"data": 8, "fsdp": 8, "tensor": 1, "context": 1}
+    assert done.stdout.strip() == table(plan).strip()
+    assert "assumed: one 400 Gb/s InfiniBand port" in done.stdout
+    assert plan["tokens_per_second"] == pytest.approx(256 * 8192 / plan["step_seconds"])
+    assert plan["days"] == pytest.approx(47_700 * plan["step_seconds"] / 86_400)
+    # An eighth of what fsdp spreads; what makes keys of latents is whole on every device.
+    parameters = plan["memory_bytes"]["always"]["parameters"]
+    assert 4 * plan["parameters"] / 8 < parameters < 4 * plan["parameters"] / 6
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"model.experts.num_experts": 16}, "H100", "num_experts = 16: a plan does not know"),
+        ({"model.compute_dtype": "float32"}, "H100", "compute_dtype = 'float32': rates are known"),
+        ({"mesh.data": 3}, "H100", "config.mesh: data=3 x fsdp=1 .* but 4 are here"),
+        ({}, "V100", "--device_kind=V100: no attained rates are known; one of H100, H200"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(fields, kind, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(config_of(**fields), 4, kind)
