@@ -1,5 +1,6 @@
 """A Llama-like decoder whose layers attend as `layer_kinds` says."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -236,6 +237,27 @@ def layer_places(cfg: ModelConfig) -> list[tuple[tuple[str | int, ...], int | No
         listed = ("groups", group, "layers", layer), None
         places.append(stacked if cfg.scan_layers else listed)
     return places
+
+
+def listed_layers(cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+    """The same model with a list of layers in the place of a stack of them.
+
+    Its caches are arrays of their own, which a step of decoding reads and writes where they are; a
+    scan takes those of each layer from the stack, and puts them back, by copies.
+
+    Args:
+        cfg: the architecture.
+        params: nested dict of its parameters.
+
+    Returns:
+        The architecture without scan, and its parameters.
+    """
+    if not cfg.scan_layers:
+        return cfg, params
+    stacked = params["groups"]
+    repeats = jax.tree.leaves(stacked)[0].shape[0]
+    groups = {i: jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(repeats)}
+    return dataclasses.replace(cfg, scan_layers=False), {**params, "groups": groups}
 
 
 def shortest_period(kinds: tuple[str, ...]) -> tuple[str, ...]:

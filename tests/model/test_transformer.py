@@ -15,6 +15,7 @@ from asa_jax.model.transformer import (
     abstract_model,
     count_params,
     init_params,
+    listed_layers,
     shortest_period,
 )
 from pallas_kernels import dispatch
@@ -77,6 +78,13 @@ class ScanAndRematTest(parameterized.TestCase):
         cfg = _config(scan_layers=True, remat=remat)
         result = _loss_and_gradients(cfg)
         chex.assert_trees_all_close(result, (loss, _stack(gradients)), rtol=1e-4, atol=1e-6)
+
+    def test_listed_layers_are_those_of_the_stack(self):
+        cfg = _config(scan_layers=True, remat="full")
+        listed_cfg, listed = listed_layers(cfg, _params(cfg))
+        self.assertEqual(listed_cfg, _config(remat="full"))
+        chex.assert_trees_all_equal(listed, _params(_config()))
+        self.assertIs(listed_layers(listed_cfg, listed)[1], listed)
 
     def test_rematerialisation_keeps_less(self):
         """What the backward pass holds: everything, matmul results, layer inputs."""
