@@ -153,7 +153,7 @@ def exact(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
 def check(actual: Any, desired: Any) -> None:
     (output, lse), (desired_output, desired_lse) = actual, desired
     assert output.dtype == jnp.bfloat16
-    chex.assert_trees_all_close(lse, desired_lse, atol=1e-5)
+    chex.assert_trees_all_close(lse, desired_lse, atol=1e-4)
     error = jnp.linalg.norm((output - desired_output).ravel())
     assert error < 5e-3 * jnp.linalg.norm(desired_output.ravel())
 
@@ -229,7 +229,7 @@ def test_kernels_match_the_definition(case, batch, context):
     if case.op != "lists":
         return check(actual, wanted)
     # Sums in another order exchange blocks of almost the same importance.
-    assert (actual == wanted).mean() > 0.98
+    assert (actual[..., None] == wanted[..., None, :]).any(-1).mean() > 0.98
 
 
 @pytest.mark.gpu
