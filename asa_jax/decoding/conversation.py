@@ -1,7 +1,8 @@
 """A text that is read and written in turns, and never read twice."""
 
+import collections.abc
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from asa_jax.decoding.cache_file import read_cache_file, write_cache_file
@@ -9,6 +10,9 @@ from asa_jax.decoding.continuation import Continuation
 from asa_jax.decoding.generate import PLAIN, Generator
 from asa_jax.decoding.rows import STREAM_TOKENS, Progress, Rows, SavedRow
 from asa_jax.decoding.settings import Sampling, check_request
+
+# Gives text as it comes, and can be closed.
+Stream = collections.abc.Generator[str]
 
 
 class Conversation:
@@ -45,6 +49,12 @@ class Conversation:
         """What the cache holds: all turns, but for tokens that ended an answer's document."""
         return list(self._rows.tokens[0]) if self._rows else []
 
+    @property
+    def at_line_start(self) -> bool:
+        """Whether a new line would begin without a line break."""
+        tokenizer = self._generator.tokenizer
+        return not self.tokens or tokenizer.decode(self.tokens[-1:]).endswith("\n")
+
     def save(self, path: Path) -> None:
         """Writes text and cache to one file.
 
@@ -63,12 +73,12 @@ class Conversation:
         seed: int = 0,
         stop: Sequence[str] = (),
         progress: Progress | None = None,
-    ) -> Iterator[str]:
+    ) -> Stream:
         """Reads a text and continues it.
 
         Args:
             text: what comes next; an empty one is read as a line break.
-            max_tokens: most tokens of the answer.
+            max_tokens: most tokens of the answer; 0: only read.
             sampling: how they are drawn.
             seed: of the draws.
             stop: strings that end the answer. They are not given out, but stay in the text; to stop
@@ -83,12 +93,12 @@ class Conversation:
             ConfigError: a setting is out of range, or the whole text becomes too long.
             UserError: the cache does not fit into memory.
         """
-        check_request(max_tokens, [seed], stop)
+        check_request(max_tokens, [seed], stop, least_tokens=0)
         new, sampling = self._generator.encode_prompt(text), sampling.checked()
         rows = self._with_room(len(new), max_tokens)
         row = Continuation(self._generator.tokenizer, [*rows.tokens[0], *new], stop)
 
-        def answer() -> Iterator[str]:
+        def answer() -> Stream:
             rows.read([new], progress)
             drawn = rows.draw(
                 max_tokens, sampling=sampling, seeds=[seed],

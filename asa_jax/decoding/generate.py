@@ -10,8 +10,8 @@ from asa_jax.config import Config
 from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.decoding.continuation import Alternative, Completion, Continuation
 from asa_jax.decoding.rows import STREAM_TOKENS, Progress, Rows
-from asa_jax.decoding.runner import CHUNK_TOKENS, Runner
-from asa_jax.decoding.settings import Sampling, check_request, row_seeds
+from asa_jax.decoding.runner import Runner
+from asa_jax.decoding.settings import CHUNK_TOKENS, Sampling, check_request, row_seeds
 from asa_jax.decoding.steps import Drawn
 from asa_jax.errors import ConfigError
 

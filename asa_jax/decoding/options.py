@@ -6,14 +6,20 @@ from typing import NamedTuple
 from absl import flags
 
 from asa_jax.data.tokenizer import Tokenizer
-from asa_jax.decoding.settings import Sampling, check_request
-from asa_jax.errors import ConfigError, DataError
+from asa_jax.decoding.prompts import Prompt, read_prompt, read_prompts
+from asa_jax.decoding.settings import (
+    CHUNK_TOKENS,
+    Sampling,
+    check_chunk_tokens,
+    check_length,
+    check_request,
+)
+from asa_jax.errors import ConfigError
 from asa_jax.flags import parse_arguments
 from asa_jax.launch import refuse_many_processes
 from asa_jax.trained_run import load_run_tokenizer, read_run_config
 
-# Far more text than a model can read; a larger file was not meant.
-MAX_PROMPT_BYTES = 2**26
+SOURCES = ("prompt", "prompt_file", "prompts_file", "chat")
 
 
 class Options(NamedTuple):
@@ -23,19 +29,33 @@ class Options(NamedTuple):
         workdir: of the run.
         step: of the checkpoint; None: the newest.
         tokenizer: of the run.
-        prompt: text to continue.
-        max_tokens: most tokens of the continuation.
+        prompt: text to continue; None: `prompts` or a chat.
+        prompts: texts to continue, with their results as JSON lines; None: one text or a chat.
+        batch_size: prompts that are continued at a time.
+        num_alternatives: likely tokens to give beside each; None: no log-probabilities.
+        load_cache: file of the text to go on with; None: an empty one.
+        save_cache: file for the text and its cache; None: no file.
+        max_tokens: most tokens of a continuation.
         sampling: how they are drawn.
         seed: of the draws.
+        stop: strings that end a continuation.
+        chunk_tokens: most tokens that are read at a time.
     """
 
     workdir: Path
     step: int | None
     tokenizer: Tokenizer
-    prompt: str
+    prompt: str | None
+    prompts: list[Prompt] | None
+    batch_size: int
+    num_alternatives: int | None
+    load_cache: Path | None
+    save_cache: Path | None
     max_tokens: int
     sampling: Sampling
     seed: int
+    stop: tuple[str, ...]
+    chunk_tokens: int
 
 
 def parse_options() -> Options:
@@ -44,7 +64,7 @@ def parse_options() -> Options:
     Raises:
         ConfigError: a flag is missing or wrong.
         CheckpointError: --workdir holds no run.
-        DataError: the prompt file cannot be read.
+        DataError: a file of prompts cannot be read.
     """
     _define_flags()
     parse_arguments()
@@ -52,19 +72,35 @@ def parse_options() -> Options:
     given = flags.FLAGS
     if not given.workdir:
         raise ConfigError("--workdir: missing; give a run directory, such as --workdir=runs/tiny")
-    sampling = Sampling(given.temperature, given.top_k, given.top_p).checked()
-    check_request(given.max_tokens, [given.seed])
-    prompt = _prompt(given.prompt, given.prompt_file)
+    _check_combination(given)
+    stop = tuple(_text("stop", text) for text in given.stop)
+    sampling = Sampling(
+        given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty
+    ).checked()
+    least_tokens = 1 if given.save_cache is None else 0
+    check_request(given.max_tokens, [given.seed], stop, given.log_probabilities or 0, least_tokens)
+    prompts = _path(given.prompts_file)
+    prompt = _prompt(given.prompt, _path(given.prompt_file))
+    save_cache = _output("save_cache", given.save_cache)
     workdir = Path(given.workdir).expanduser()
-    read_run_config(workdir)
+    check_chunk_tokens(given.chunk_tokens, read_run_config(workdir).model.alignment)
+    tokenizer = load_run_tokenizer(workdir)
+    check_length(len(tokenizer.encode(prompt or "")), given.max_tokens)
     return Options(
         workdir=workdir,
         step=given.step,
-        tokenizer=load_run_tokenizer(workdir),
+        tokenizer=tokenizer,
         prompt=prompt,
+        prompts=None if prompts is None else read_prompts(prompts),
+        batch_size=given.batch_size,
+        num_alternatives=given.log_probabilities,
+        load_cache=_path(given.load_cache),
+        save_cache=save_cache,
         max_tokens=given.max_tokens,
         sampling=sampling,
         seed=given.seed,
+        stop=stop,
+        chunk_tokens=given.chunk_tokens,
     )
 
 
@@ -73,40 +109,58 @@ def _define_flags() -> None:
     flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest", lower_bound=0)
     flags.DEFINE_string("prompt", None, "text to continue; '' starts with a line break")
     flags.DEFINE_string("prompt_file", None, "UTF-8 file with the text to continue")
-    flags.DEFINE_integer("max_tokens", 200, "most tokens to generate")
+    flags.DEFINE_string("prompts_file", None, 'JSON lines {"prompt": ...}, results as JSON lines')
+    flags.DEFINE_bool("chat", False, "read lines and answer each, on the terminal")
+    flags.DEFINE_string("load_cache", None, "go on with the text of this file")
+    flags.DEFINE_string("save_cache", None, "file for the text and its cache at the end")
+    flags.DEFINE_integer("max_tokens", 200, "most tokens to generate; 0: only save_cache")
     flags.DEFINE_float("temperature", 0.8, "divides the logits; 0: the most likely token always")
     flags.DEFINE_integer("top_k", 0, "draw from the k most likely tokens; 0: from all")
     flags.DEFINE_float("top_p", 0.95, "draw from the most likely tokens of this probability")
+    flags.DEFINE_float("min_p", 0.0, "draw from tokens this many times as likely as the first")
+    flags.DEFINE_float("repetition_penalty", 1.0, "makes tokens that came before less likely")
+    flags.DEFINE_multi_string("stop", [], "text that ends the continuation; may be repeated")
     flags.DEFINE_integer("seed", 0, "of the draws: the same seed, the same text")
+    flags.DEFINE_integer("batch_size", 8, "prompts of a file at a time", lower_bound=1)
+    flags.DEFINE_integer(
+        "log_probabilities", None, "give those of tokens, and of this many likely alternatives"
+    )
+    flags.DEFINE_integer("chunk_tokens", CHUNK_TOKENS, "most tokens to read at a time")
 
 
-def _prompt(text: str | None, file: str | None) -> str:
-    if (text is None) == (file is None):
-        raise ConfigError("--prompt: give either --prompt or --prompt_file")
+def _check_combination(given: flags.FlagValues) -> None:
+    """Raises a ConfigError unless the flags go together."""
+    sources = [name for name in SOURCES if given[name].value not in (None, False)]
+    if len(sources) != 1:
+        raise ConfigError("--prompt: give one of --prompt, --prompt_file, --prompts_file, --chat")
+    if given.prompts_file is not None:
+        for name in ("load_cache", "save_cache"):
+            if given[name].value is not None:
+                raise ConfigError(f"--{name}: holds one text, --prompts_file has many")
+    elif given.log_probabilities is not None:
+        raise ConfigError("--log_probabilities: are given with the results of --prompts_file")
+
+
+def _prompt(text: str | None, file: Path | None) -> str | None:
     if file is not None:
-        return read_prompt(Path(file).expanduser())
-    assert text is not None
+        return read_prompt(file)
+    return None if text is None else _text("prompt", text)
+
+
+def _text(flag: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are no text
-        raise ConfigError(f"--prompt: character {error.start} is not UTF-8") from None
+        raise ConfigError(f"--{flag}: character {error.start} is not UTF-8") from None
     return text
 
 
-def read_prompt(path: Path) -> str:
-    """Reads a prompt as it stands.
+def _path(path: str | None) -> Path | None:
+    return Path(path).expanduser() if path is not None else None
 
-    Raises:
-        DataError: it cannot be read, is too large or is not UTF-8.
-    """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_PROMPT_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(content) > MAX_PROMPT_BYTES:
-        raise DataError(f"{path}: larger than {MAX_PROMPT_BYTES} bytes, too long for a prompt")
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8") from None
+
+def _output(flag: str, path: str | None) -> Path | None:
+    file = _path(path)
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ConfigError(f"--{flag}={path}: must name a file in a folder that exists")
+    return file

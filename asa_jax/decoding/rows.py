@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from asa_jax.decoding.interrupts import interrupts_later
 from asa_jax.decoding.runner import Runner, make_draws
 from asa_jax.decoding.settings import Sampling
 from asa_jax.decoding.steps import DecodeState, Drawn
@@ -95,17 +96,17 @@ class Rows:
         texts = [[*held, *more] for held, more in zip(self.tokens, new, strict=True)]
         lengths = np.zeros(self._state.lengths.size, np.int32)
         lengths[: len(texts)] = [len(text) for text in texts]
-        held = [len(row) for row in self.tokens]
-        first, last = self._runner.block_start(min(held)), int(max(lengths))
+        first, last = self._runner.block_start(min(map(len, self.tokens))), int(max(lengths))
         size = self._runner.chunk_size(last - first, self.cache_length)
         for offset in range(first, last, size):
             # The last chunk may overlap with the one before it.
             offset = min(offset, self.cache_length - size)
             chunk = _slice(texts, len(lengths), offset, size)
-            self._state = self._runner.read(self._state, chunk, offset, lengths)
-            # Chunk by chunk, so that what is read is known after an interrupt too.
-            for row, text in enumerate(texts):
-                self.tokens[row] = text[: max(held[row], offset + size)]
+            with interrupts_later():
+                self._state = self._runner.read(self._state, chunk, offset, lengths)
+                # Chunk by chunk, so that what is read is known after an interrupt too.
+                for row, text in zip(self.tokens, texts, strict=True):
+                    row.extend(text[len(row) : offset + size])
             if progress:
                 jax.block_until_ready(self._state.lengths)
                 progress(min(offset + size, last) - first, last - first)
@@ -113,8 +114,9 @@ class Rows:
     def resize(self, cache_length: int) -> None:
         """Brings the caches to another length, which all rows fit in."""
         if cache_length != self.cache_length:
-            self._state = self._runner.resize(self._state, cache_length)
-            self.cache_length = cache_length
+            with interrupts_later():
+                self._state = self._runner.resize(self._state, cache_length)
+                self.cache_length = cache_length
 
     def draw(
         self,
@@ -150,31 +152,35 @@ class Rows:
         try:
             for first in range(0, max_tokens, steps_per_dispatch):
                 steps = min(steps_per_dispatch, max_tokens - first)
-                self._state, drawn = self._runner.draw(
-                    self._state, draws, steps, size=size, num_alternatives=num_alternatives
-                )
-                waiting.append(drawn)
+                with interrupts_later():
+                    self._state, drawn = self._runner.draw(
+                        self._state, draws, steps, size=size, num_alternatives=num_alternatives
+                    )
+                    waiting.append(drawn)
                 if len(waiting) > dispatches_ahead:
-                    yield self._take(waiting.popleft(), end, ended)
+                    yield self._take(waiting, end, ended)
                 if all(ended):
                     break
             while waiting and not all(ended):
-                yield self._take(waiting.popleft(), end, ended)
+                yield self._take(waiting, end, ended)
         finally:
-            while waiting:
-                self._take(waiting.popleft(), end, ended)
+            with interrupts_later():
+                while waiting:
+                    self._take(waiting, end, ended)
 
-    def _take(self, drawn: Drawn, end: int | None, ended: list[bool]) -> Drawn:
-        """Brings what was drawn to the host and appends it to the rows that have not ended."""
-        drawn = self._runner.fetch(drawn)
-        count = int(drawn.num_drawn)
-        drawn = Drawn._make([*(column[: len(ended), :count] for column in drawn[:-1]), count])
-        for row, tokens in enumerate(drawn.tokens.tolist()):
-            for token in tokens:
-                ended[row] |= token == end
-                if ended[row]:
-                    break
-                self.tokens[row].append(token)
+    def _take(self, waiting: collections.deque[Drawn], end: int | None, ended: list[bool]) -> Drawn:
+        """Brings the first that waits to the host and appends it to rows that have not ended."""
+        *columns, num_drawn = self._runner.fetch(waiting[0])
+        count = int(num_drawn)
+        drawn = Drawn._make([*(column[: len(ended), :count] for column in columns), count])
+        with interrupts_later():
+            waiting.popleft()
+            for row, tokens in enumerate(drawn.tokens.tolist()):
+                for token in tokens:
+                    ended[row] |= token == end
+                    if ended[row]:
+                        break
+                    self.tokens[row].append(token)
         return drawn
 
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from asa_jax.config import MAX_EVALUATION_TOKENS, ModelConfig
+from asa_jax.config import ModelConfig
 from asa_jax.context_parallel import row_multiple
 from asa_jax.decoding.cache_bytes import allocated_bytes
-from asa_jax.decoding.settings import Sampling
+from asa_jax.decoding.settings import CHUNK_TOKENS, Sampling, check_chunk_tokens, check_length
 from asa_jax.decoding.steps import (
     DecodeState,
     Drawn,
@@ -23,12 +23,9 @@ from asa_jax.decoding.steps import (
     read_chunk,
     resize_state,
 )
-from asa_jax.errors import ConfigError, UserError
+from asa_jax.errors import UserError
 
 MIN_BUCKET_TOKENS = 64
-# Tokens of a prompt that are read at a time: enough to fill a device, few enough that what they
-# need is little beside the caches of a long prompt.
-CHUNK_TOKENS = 4096
 _LESS = "shorten the prompt, lower max_tokens or give fewer prompts at once"
 
 
@@ -58,11 +55,7 @@ class Runner:
         self.cfg, self.params, self.mesh = cfg, params, mesh
         self._vocab_size = vocab_size
         self._multiple = row_multiple(cfg.alignment, mesh.shape["context"] if mesh else 1)
-        if chunk_tokens < 1 or chunk_tokens % self._multiple:
-            raise ConfigError(
-                f"chunk_tokens = {chunk_tokens}: must be a positive multiple of {self._multiple} "
-                "(model.selection_block_size, times 2 * config.mesh.context where that is not 1)"
-            )
+        check_chunk_tokens(chunk_tokens, self._multiple)
         self._chunk_tokens = chunk_tokens
 
     def block_start(self, position: int) -> int:
@@ -82,12 +75,8 @@ class Runner:
         Raises:
             ConfigError: more than any text may have.
         """
+        check_length(num_tokens, max_tokens)
         total = num_tokens + max_tokens
-        if total > MAX_EVALUATION_TOKENS:
-            raise ConfigError(
-                f"prompt of {num_tokens} tokens and max_tokens = {max_tokens}: must be at most "
-                f"{MAX_EVALUATION_TOKENS} together"
-            )
         step = self._doubled(max(MIN_BUCKET_TOKENS, total // 16))
         return -(-total // step) * step
 

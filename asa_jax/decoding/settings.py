@@ -8,6 +8,9 @@ from asa_jax.errors import ConfigError
 
 MAX_SEED = 2**32 - 1
 MAX_ALTERNATIVES = 20
+# Tokens of a prompt that are read at a time: enough to fill a device, few enough that what they
+# need is little beside the caches of a long prompt.
+CHUNK_TOKENS = 4096
 
 
 class Sampling(NamedTuple):
@@ -52,10 +55,11 @@ def check_request(
     seeds: Sequence[int] = (),
     stop: Sequence[str] = (),
     num_alternatives: int = 0,
+    least_tokens: int = 1,
 ) -> None:
     """Raises a ConfigError unless what is asked for beside the sampling is in range."""
-    most = MAX_EVALUATION_TOKENS
-    _require(1 <= max_tokens < most, "max_tokens", max_tokens, f"from 1 to {most - 1}")
+    least, most = least_tokens, MAX_EVALUATION_TOKENS - 1
+    _require(least <= max_tokens <= most, "max_tokens", max_tokens, f"from {least} to {most}")
     for seed in seeds:
         _require(0 <= seed <= MAX_SEED, "seed", seed, f"from 0 to {MAX_SEED}")
     for text in stop:
@@ -63,6 +67,24 @@ def check_request(
     _require(
         0 <= num_alternatives <= MAX_ALTERNATIVES, "alternatives", num_alternatives,
         f"from 0 to {MAX_ALTERNATIVES}",
+    )  # fmt: skip
+
+
+def check_length(num_tokens: int, max_tokens: int) -> None:
+    """Raises a ConfigError if a prompt and its continuation are longer than any text may be."""
+    if num_tokens + max_tokens > MAX_EVALUATION_TOKENS:
+        raise ConfigError(
+            f"prompt of {num_tokens} tokens and max_tokens = {max_tokens}: must be at most "
+            f"{MAX_EVALUATION_TOKENS} together"
+        )
+
+
+def check_chunk_tokens(chunk_tokens: int, multiple: int) -> None:
+    """Raises a ConfigError unless chunks are whole blocks."""
+    _require(
+        chunk_tokens > 0 and chunk_tokens % multiple == 0, "chunk_tokens", chunk_tokens,
+        f"a positive multiple of {multiple} (model.selection_block_size, on a mesh times "
+        "2 * config.mesh.context)",
     )  # fmt: skip
 
 

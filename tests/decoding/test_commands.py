@@ -1,23 +1,35 @@
 """generate.py and the cache command as a user runs them."""
 
+import io
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+import generate
 from asa_jax.data.tokenizer import ByteTokenizer
-from asa_jax.decoding.generate import generate_text
+from asa_jax.decoding.conversation import Conversation
+from asa_jax.decoding.generate import Generator, generate_text
+from asa_jax.decoding.options import Options
+from asa_jax.decoding.prompts import read_prompts
+from asa_jax.decoding.settings import Sampling
+from asa_jax.errors import DataError
 from asa_jax.flags import PROJECT
 from asa_jax.training.checkpoint import restore_params
 
 Command = Callable[..., subprocess.Popen[bytes]]
+REQUEST: dict[str, Any] = {"max_tokens": 24, "sampling": Sampling(0.9, top_p=0.9), "seed": 5}
 
 
 @pytest.fixture(scope="module")
-def generate(tmp_path_factory) -> Command:
+def start_generate(tmp_path_factory) -> Command:
     """Starts generate.py."""
     cache = str(tmp_path_factory.mktemp("cache"))
 
@@ -31,6 +43,14 @@ def generate(tmp_path_factory) -> Command:
     return start
 
 
+@pytest.fixture
+def options(workdir) -> Options:
+    """Those of a chat with the run, and settings as in REQUEST."""
+    unset = {name: None for name in Options._fields}
+    given = {"workdir": workdir, "tokenizer": ByteTokenizer(), "stop": (), "chunk_tokens": 64}
+    return Options(**{**unset, **given, **REQUEST})
+
+
 def _check_refusal(process: subprocess.Popen[bytes], code: int, message: str) -> None:
     output, errors = process.communicate(timeout=120)
     assert (process.returncode, output) == (code, b"")
@@ -39,10 +59,10 @@ def _check_refusal(process: subprocess.Popen[bytes], code: int, message: str) ->
     assert errors.count(b"\n") == 1
 
 
-def test_prints_what_generate_text_gives(generate, workdir, tmp_path):
+def test_prints_what_generate_text_gives(start_generate, workdir, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("It is a truth\n")
-    process = generate(
+    process = start_generate(
         f"--workdir={workdir}", f"--prompt_file={prompt}", "--max_tokens=30", "--seed=3",
         "--temperature=0.7", "--top_p=0.9", "--top_k=40", "--step=1",
     )  # fmt: skip
@@ -57,8 +77,8 @@ def test_prints_what_generate_text_gives(generate, workdir, tmp_path):
     assert output.decode() == want + "\n"
 
 
-def test_closed_pipe_is_no_error_to_tell(generate, workdir):
-    process = generate(f"--workdir={workdir}", "--prompt=It", "--max_tokens=5000")
+def test_closed_pipe_is_no_error_to_tell(start_generate, workdir):
+    process = start_generate(f"--workdir={workdir}", "--prompt=It", "--max_tokens=5000")
     assert process.stdout and process.stderr
     process.stdout.read(1)
     process.stdout.close()
@@ -71,22 +91,31 @@ def test_closed_pipe_is_no_error_to_tell(generate, workdir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--prompt: give either --prompt or --prompt_file"),
-        (["--prompt=a", "--prompt_file=b"], "--prompt: give either --prompt or --prompt_file"),
+        ([], "--prompt: give one of --prompt, --prompt_file, --prompts_file, --chat"),
+        (["--prompt=", "--chat"], "--prompt: give one of --prompt, --prompt_file"),
         ([b"--prompt=a\xff"], "--prompt: character 1 is not UTF-8"),
         (["--prompt=a", "--temperature=-1"], "temperature = -1.0: must be at least 0"),
         (["--prompt=a", "--top_p=1.5"], "top_p = 1.5: must be above 0 and at most 1"),
         (["--prompt=a", "--top_k=-1"], "top_k = -1: must be at least 0"),
+        (["--chat", "--min_p=2"], "min_p = 2.0: must be from 0 to 1"),
+        (["--chat", "--stop="], "stop = '': must be at least a character"),
+        (["--chat", "--log_probabilities=0"], "--log_probabilities: are given with the results of"),
+        (["--chat", "--chunk_tokens=24"], "chunk_tokens = 24: must be a positive multiple of 16"),
+        (["--chat", "--save_cache=/none/c"], "--save_cache=/none/c: must name a file in a folder"),
+        (
+            ["--prompts_file=a", "--load_cache=b"],
+            "--load_cache: holds one text, --prompts_file",
+        ),
         (["--prompt=a", "--max_tokens=0"], "max_tokens = 0: must be from 1 to 1048575"),
         (["--prompt=a", "--max_token=9"], "Did you mean: max_tokens"),
         (["--prompt=a", "--workdir="], "--workdir: missing"),
     ],
 )
-def test_wrong_flags(generate, workdir, arguments, message):
-    _check_refusal(generate(f"--workdir={workdir}", *arguments), 2, message)
+def test_wrong_flags(start_generate, workdir, arguments, message):
+    _check_refusal(start_generate(f"--workdir={workdir}", *arguments), 2, message)
 
 
-def test_run_or_file_that_cannot_be_read(generate, workdir, tmp_path):
+def test_run_or_file_that_cannot_be_read(start_generate, workdir, tmp_path):
     broken = tmp_path / "prompt.txt"
     broken.write_bytes(b"good\xc3")
     run = f"--workdir={workdir}"
@@ -95,13 +124,96 @@ def test_run_or_file_that_cannot_be_read(generate, workdir, tmp_path):
         ((run, f"--prompt_file={broken}"), f"{broken}: byte 4 is not UTF-8"),
         ((run, f"--prompt_file={tmp_path}"), f"{tmp_path}: cannot be read (Is a directory)"),
     ):
-        _check_refusal(generate(*arguments), 1, message)
+        _check_refusal(start_generate(*arguments), 1, message)
 
 
-def test_prompt_that_is_too_long(generate, workdir, tmp_path):
+def test_chat_goes_on_from_a_saved_cache(options, workdir, tmp_path, monkeypatch, capsys):
+    config, params, _ = restore_params(workdir)
+    want = Conversation(Generator(config, params, ByteTokenizer()))
+    answers = ["".join(want.answer("It is a truth", **{**REQUEST, "max_tokens": 0}))]
+    for line in ("universally", "acknowledged"):
+        start = "" if want.tokens[-1] == ord("\n") else "\n"
+        answers.append("".join(want.answer(f"{start}{line}\n", **REQUEST)))
+
+    cache, again = tmp_path / "cache", tmp_path / "again"
+    generate.main(options._replace(prompt="It is a truth", save_cache=cache, max_tokens=0))
+    monkeypatch.setattr("sys.stdin", io.StringIO("universally\nacknowledged\n"))
+    generate.main(options._replace(load_cache=cache, save_cache=again))
+    assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers)
+    loaded = Conversation.load(Generator(config, params, ByteTokenizer()), again)
+    assert loaded.tokens == want.tokens
+
+
+def test_interrupt_ends_an_answer_and_not_the_chat(options, monkeypatch, capsys):
+    class Interrupted(Conversation):
+        turns = 0
+
+        def answer(self, text, **request):
+            yield f"{text}?"
+            self.turns += 1
+            if self.turns == 1:
+                raise KeyboardInterrupt
+            yield "!"
+
+    monkeypatch.setattr(generate, "Conversation", Interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
+    generate.main(options)
+    assert capsys.readouterr().out == "a\n?\nb\n?!\n"
+
+
+def test_prompts_of_a_file_in_batches(options, workdir, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "It is"}\n\n{"prompt": "", "seed": 7}\n{"prompt": "a truth"}\n')
+    prompts = read_prompts(path)
+    assert prompts == [(1, "It is", None), (3, "", 7), (4, "a truth", None)]
+    generate.main(options._replace(prompts=prompts, batch_size=2, num_alternatives=3))
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [result["line"] for result in results] == [1, 3, 4]
+
+    config, params, _ = restore_params(workdir)
+    generator = Generator(config, params, ByteTokenizer())
+    want = generator.complete(
+        ["a truth", "It is"], **{**REQUEST, "seed": [REQUEST["seed"] + 3, 7]}, num_alternatives=3
+    )[0]
+    assert results[2]["text"] == want.text
+    assert results[2]["finish_reason"] == want.finish_reason
+    assert results[2]["tokens"] == want.tokens
+    assert results[2]["num_tokens"] == len(want.tokens) > 0
+    np.testing.assert_allclose(results[2]["log_probabilities"], want.log_probabilities, atol=1e-5)
+    for token, log, likely in zip(
+        want.tokens, want.log_probabilities, results[2]["alternatives"], strict=True
+    ):
+        assert [value for _, value in likely] == sorted((v for _, v in likely), reverse=True)
+        assert log <= likely[0][1] + 1e-5
+        assert len(likely) == 3
+        assert dict(likely).get(token, log) == pytest.approx(log, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "prompts.jsonl: has no line with a prompt"),
+        (b'{"prompt": "a"}\n{"prompt"', "prompts.jsonl:2: broken JSON"),
+        (b'["a"]', "prompts.jsonl:1: must be an object with a text"),
+        (b'{"prompt": 3}', "prompts.jsonl:1: must be an object with a text"),
+        (b'{"prompt": "a", "sed": 3}', "prompts.jsonl:1: 'sed' is not known"),
+        (b'{"prompt": "a", "seed": -1}', "prompts.jsonl:1: seed = -1: must be an int from 0"),
+        (b'{"prompt": "a", "seed": true}', "prompts.jsonl:1: seed = True: must be an int from 0"),
+        (b'{"prompt": "\\ud800"}', "prompts.jsonl:1: character 0 of the prompt is no text"),
+        (b'{"prompt": "a\xff"}', "prompts.jsonl: byte 13 is not UTF-8"),
+    ],
+)
+def test_files_of_prompts_that_cannot_be_used(tmp_path, content, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(message)):
+        read_prompts(path)
+
+
+def test_prompt_that_is_too_long(start_generate, workdir, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_bytes(b"a" * 2**20)
-    process = generate(f"--workdir={workdir}", f"--prompt_file={prompt}")
+    process = start_generate(f"--workdir={workdir}", f"--prompt_file={prompt}")
     _check_refusal(process, 2, "prompt of 1048576 tokens and max_tokens = 200: must be at most")
 
 

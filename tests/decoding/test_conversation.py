@@ -1,6 +1,8 @@
 """Conversations: turns against the whole text at once, interrupts, stop strings, cache files."""
 
 import dataclasses
+import functools
+import signal
 
 import numpy as np
 import pytest
@@ -95,6 +97,26 @@ def test_interrupt_while_reading_keeps_what_was_read(generator):
     assert conversation.tokens == TOKENIZER.encode(TURNS[0])[:64]
     text = [*conversation.tokens, *b"of"]
     _answer(conversation, "of")
+    assert conversation.tokens == text + _read_at_once(generator, text)
+
+
+def test_interrupt_at_any_call_loses_nothing(generator, monkeypatch):
+    def interrupted(call, *args, **kwargs):
+        result = call(*args, **kwargs)
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        return result
+
+    conversation = Conversation(generator)
+    for call in ("read", "draw", "fetch"):
+        real = getattr(generator.runner, call)
+        monkeypatch.setattr(generator.runner, call, functools.partial(interrupted, real))
+        with pytest.raises(KeyboardInterrupt):
+            _answer(conversation, "It is a truth ")
+    text = conversation.tokens
+    assert bytes(text).count(b"It is a truth ") == 3
+    _answer(conversation, "of")
+    text += TOKENIZER.encode("of")
     assert conversation.tokens == text + _read_at_once(generator, text)
 
 
