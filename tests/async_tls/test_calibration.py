@@ -1,6 +1,5 @@
 """Calibrated channels: their choice, and the file that keeps them."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from asa_jax.async_tls.calibration import (
     save_channels,
 )
 from asa_jax.errors import CheckpointError, UserError
+from tests.async_tls.cases import jit
 
 HEAD_DIM = 8
 CHANNELS = np.array([[[0, 3], [1, 7]], [[2, 4], [5, 6]]], np.int32)  # two layers, two heads
@@ -33,7 +33,7 @@ def test_the_channels_that_move_the_scores_most_are_chosen():
     key[..., 0, [3, 6]] *= 10
     query[..., :2, 6] *= 0.01  # no query looks at channel 6 of head 0
     query[..., 2:, [1, 2]] *= 5
-    add = jax.jit(add_sample)
+    add = jit(add_sample)
     totals = jnp.zeros((2, HEAD_DIM))
     for part in range(2):
         totals = add(totals, query[part : part + 1], key[part : part + 1])

@@ -2,7 +2,6 @@
 
 import chex
 import hypothesis
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,13 +9,14 @@ from hypothesis import strategies as st
 
 from asa_jax.async_tls.index import append, block_scores, init_index
 from asa_jax.async_tls.labels import dequantise, label_scores, make_labels, take_channels
+from tests.async_tls.cases import jit
 
 BLOCK, LENGTH, HEADS, GROUP, DIM, CHANNELS = 4, 24, 2, 3, 6, 4
 SHAPE = (2, LENGTH, HEADS, DIM)
-jitted_append = jax.jit(append)
-jitted_scores = jax.jit(block_scores)
-jitted_labels = jax.jit(make_labels)
-jitted_dequantise = jax.jit(dequantise)
+jitted_append = jit(append)
+jitted_scores = jit(block_scores)
+jitted_labels = jit(make_labels)
+jitted_dequantise = jit(dequantise)
 
 
 def channels_of(rng):
