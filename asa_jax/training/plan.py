@@ -160,7 +160,7 @@ def table(plan: dict[str, Any]) -> str:
     lines += [
         f"  {'together':<42}{plan['step_seconds']:8.3f}",
         "",
-        f"{plan['tokens_per_second']:,.0f} tokens/s, MFU {plan['mfu']:.1%}, {plan['days']:.1f} "
+        f"{plan['tokens_per_second']:,.0f} tokens/s, MFU {plan['mfu']:.1%}, {plan['days']:.2f} "
         f"days for {billions:,.1f}B tokens in {plan['steps']:,} steps",
         "",
         "assumptions",
@@ -171,6 +171,8 @@ def table(plan: dict[str, Any]) -> str:
 
 def main(config: Config, devices: int, kind: str, output: str | None) -> None:
     """Prints the plan, and writes it where asked to."""
+    if output is not None and not Path(output).parent.is_dir():
+        raise ConfigError(f"--json={output}: {Path(output).parent} is not a directory")
     plan = make_plan(config, devices, kind)
     print(table(plan))
     if output is not None:

@@ -172,8 +172,7 @@ def _activations(step: _Step) -> Iterator[Planned]:
     # for again. Backwards: of the input of each product that divides its output.
     forwards = 2 * model.num_layers
     once_more = forwards - groups if model.remat in ("full", "attention") else 0
-    backwards = _inputs_of_divided(model) if groups else 0
-    sums = forwards + once_more + backwards + 2  # embedding and loss
+    sums = forwards + once_more + _inputs_of_divided(model) + 2  # embedding and loss
     yield Planned(
         "reduce", ("tensor",), sums * tokens * model.hidden_size * step.width, "activations"
     )
@@ -227,12 +226,3 @@ def link_bytes(each: Planned, mesh: Mapping[str, int], host: int) -> dict[str, f
         "nvlink": ways * each.bytes * (inside - 1) / inside,
         "network": ways * each.bytes * (hosts - 1) / hosts / inside,
     }
-
-
-def by_axes(found: list[Planned]) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Bytes of a step by operation and axes."""
-    totals: dict[tuple[str, tuple[str, ...]], float] = {}
-    for each in found:
-        key = each.op, each.axes
-        totals[key] = totals.get(key, 0.0) + each.bytes
-    return totals
