@@ -38,8 +38,8 @@ from asa_jax.evaluation.report import print_report, write_report
 from asa_jax.evaluation.results import Job, Result
 from asa_jax.evaluation.retrieval import read_haystack
 from asa_jax.evaluation.scorer import Scorer
+from asa_jax.interop.restore import restore_model
 from asa_jax.sharding import make_mesh
-from asa_jax.training.checkpoint import restore_params
 from asa_jax.training.compilation_cache import use_compilation_cache
 from pallas_kernels import dispatch
 
@@ -50,7 +50,7 @@ def main(options: Options) -> None:
     use_compilation_cache()
     # Parameters and rows over all devices, however many trained the run.
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1, tensor=1, context=1))
-    config, params, step = restore_params(options.workdir, mesh, options.step)
+    config, params, step = restore_model(options.workdir, mesh, options.step)
     print(dispatch.describe(config.model.implementation), file=sys.stderr)
     config = dataclasses.replace(config, evaluation=options.evaluation)
     scorer = Scorer(config, params, options.tokenizer, mesh)

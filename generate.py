@@ -29,7 +29,7 @@ from asa_jax.decoding.conversation import Conversation
 from asa_jax.decoding.generate import Generator
 from asa_jax.decoding.progress import show_progress
 from asa_jax.errors import DataError
-from asa_jax.training.checkpoint import restore_params
+from asa_jax.interop.restore import restore_model
 from asa_jax.training.compilation_cache import use_compilation_cache
 from pallas_kernels import dispatch
 
@@ -39,7 +39,7 @@ SHOWN_CHARACTERS = 300
 def main(options: Options) -> None:
     """Restores the run and prints what it makes of the prompt, the prompts or the lines."""
     use_compilation_cache()
-    config, params, step = restore_params(options.workdir, step=options.step)
+    config, params, step = restore_model(options.workdir, step=options.step)
     generator = Generator(config, params, options.tokenizer, chunk_tokens=options.chunk_tokens)
     print(f"{options.workdir}, step {step}", file=sys.stderr)
     print(dispatch.describe(config.model.implementation), file=sys.stderr)

@@ -105,7 +105,7 @@ def parse_options() -> Options:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "run directory")
+    flags.DEFINE_string("workdir", None, "run directory, or model folder")
     flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest", lower_bound=0)
     flags.DEFINE_string("prompt", None, "text to continue; '' starts with a line break")
     flags.DEFINE_string("prompt_file", None, "UTF-8 file with the text to continue")

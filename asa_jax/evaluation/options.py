@@ -51,7 +51,7 @@ class Options:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "run directory")
+    flags.DEFINE_string("workdir", None, "run directory, or model folder")
     flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest", lower_bound=0)
     flags.DEFINE_list("tasks", None, "tasks instead of the run's evaluation.tasks; '' for none")
     flags.DEFINE_list("lengths", None, "window and prompt lengths in tokens")

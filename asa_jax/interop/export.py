@@ -1,6 +1,7 @@
-"""Writes a trained run as a model folder: safetensors, config.json, tokenizer.json.
+"""Writes a model folder, of a trained run or of a GGUF file.
 
     python -m asa_jax.interop.export --workdir=runs/full --output=models/full
+    python -m asa_jax.interop.export --gguf=model.gguf --output=models/model
 
 A model whose layers are all `full` becomes one that `transformers` loads, every other one a folder
 in the layout of docs/interop.md, which this program loads bit for bit.
@@ -15,21 +16,40 @@ if __name__ == "__main__":
     # Before the seconds that it takes to import jax.
     OPTIONS = exit_on_error(parse_options)
 
+import dataclasses
+from typing import Any
+
+from asa_jax.config import Config, config_from_dict
+from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.interop.export_folder import export_model
 from asa_jax.interop.export_llama import is_llama
+from asa_jax.interop.gguf_files import load_gguf
 from asa_jax.trained_run import load_run_tokenizer
 from asa_jax.training.checkpoint import restore_params
+from configs import base
 
 
 def main(options: Options) -> None:
-    """Restores the run and writes the folder."""
-    config, params, step = restore_params(options.workdir, step=options.step)
+    """Loads the model and writes the folder."""
+    source, config, params, tokenizer = load(options)
     export_model(
-        config, params, load_run_tokenizer(options.workdir), options.output,
+        config, params, tokenizer, options.output,
         dtype=options.dtype, max_file_bytes=options.max_file_bytes, overwrite=options.overwrite,
     )  # fmt: skip
     layout = "for transformers" if is_llama(config.model) else "in the layout asa_jax"
-    print(f"{options.workdir}, step {step}: {options.output}, {layout}")
+    print(f"{source}: {options.output}, {layout}")
+
+
+def load(options: Options) -> tuple[str, Config, Any, Tokenizer]:
+    """What the model is called, its configuration, parameters and tokenizer."""
+    if options.workdir is not None:
+        config, params, step = restore_params(options.workdir, step=options.step)
+        tokenizer = load_run_tokenizer(options.workdir)
+        return f"{options.workdir}, step {step}", config, params, tokenizer
+    assert options.gguf is not None
+    model, params, tokenizer = load_gguf(options.gguf)
+    config = config_from_dict(base.get_config().to_dict())
+    return str(options.gguf), dataclasses.replace(config, model=model), params, tokenizer
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ class Options(NamedTuple):
     """What to export.
 
     Attributes:
-        workdir: of the run.
+        workdir: of the run; None: a GGUF file is exported.
+        gguf: the GGUF file; None: a run is exported.
         step: of the checkpoint; None: the newest.
         output: the folder to write.
         dtype: of the tensors.
@@ -25,7 +26,8 @@ class Options(NamedTuple):
         overwrite: whether a model in `output` is replaced.
     """
 
-    workdir: Path
+    workdir: Path | None
+    gguf: Path | None
     step: int | None
     output: Path
     dtype: str
@@ -41,6 +43,7 @@ def parse_options() -> Options:
         CheckpointError: --workdir holds no run.
     """
     flags.DEFINE_string("workdir", None, "run directory")
+    flags.DEFINE_string("gguf", None, "GGUF file of a Llama model, instead of --workdir")
     flags.DEFINE_integer("step", None, "checkpoint to export; default: the newest", lower_bound=0)
     flags.DEFINE_string("output", None, "folder to write")
     flags.DEFINE_enum("dtype", DTYPES[0], DTYPES, "of the tensors; float32 changes nothing")
@@ -48,14 +51,20 @@ def parse_options() -> Options:
     flags.DEFINE_bool("overwrite", False, "replace a model in --output")
     parse_arguments()
     given = flags.FLAGS
-    for name in ("workdir", "output"):
-        if not given[name].value:
-            raise ConfigError(f"--{name}: missing")
-    workdir, output = Path(given.workdir).expanduser(), Path(given.output).expanduser()
+    workdir, gguf, output = (_path(flag) for flag in (given.workdir, given.gguf, given.output))
+    if output is None:
+        raise ConfigError("--output: missing; give a folder to write")
+    if (workdir is None) == (gguf is None):
+        raise ConfigError("--workdir, --gguf: give one of them")
     check_output(output, overwrite=given.overwrite)
-    read_run_config(workdir)
+    if workdir is not None:
+        read_run_config(workdir)
     max_bytes = int(given.max_file_gb * GIGABYTE)
-    return Options(workdir, given.step, output, given.dtype, max_bytes, given.overwrite)
+    return Options(workdir, gguf, given.step, output, given.dtype, max_bytes, given.overwrite)
+
+
+def _path(flag: str | None) -> Path | None:
+    return Path(flag).expanduser() if flag else None
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

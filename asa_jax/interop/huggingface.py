@@ -6,7 +6,7 @@ no code of the folder runs. Everything is checked before the first array exists.
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,33 @@ def load_params(
     tensors = open_folder(folder)
     places = all_places(table, layer_places(cfg))
     check_tensors(folder, tensors, places, table)
+    return read_params(tensors, places, table, cfg, mesh, param_dtype)
+
+
+def read_params(
+    tensors: Mapping[str, Any],
+    places: Sequence[Place],
+    table: Table,
+    cfg: ModelConfig,
+    mesh: Mesh | None = None,
+    param_dtype: str | None = None,
+) -> Any:
+    """Reads the parameters of a model from tensors that have been checked.
+
+    Args:
+        tensors: by name, each a `Tensor` or what else has its `dtype` and `view()`.
+        places: of `all_places`.
+        table: from the parameters to the tensors.
+        cfg: the architecture.
+        mesh: devices to hold the parameters; None: one device.
+        param_dtype: of the parameters; None: as they are stored.
+
+    Returns:
+        The parameters as a nested dict.
+
+    Raises:
+        ConfigError: the mesh does not divide the parameters.
+    """
     _, shapes, axes = abstract_model(cfg)
     flat = nnx.traversals.flatten_mapping(shapes)
     if mesh is None:
@@ -130,7 +157,7 @@ def check_tensors(
 class _Source:
     """A part of a parameter, and the tensor that holds it."""
 
-    def __init__(self, place: Place, tensor: Tensor, table: Table) -> None:
+    def __init__(self, place: Place, tensor: Any, table: Table) -> None:
         self.stacked, self._row = place.stacked, place.row
         self._tensor, self._sizes = tensor, table.sizes
         self.dtype = WEIGHT_DTYPES[tensor.dtype]

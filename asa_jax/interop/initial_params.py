@@ -8,9 +8,7 @@ from jax.sharding import Mesh
 
 from asa_jax.config import ModelConfig
 from asa_jax.interop.convert import LayerConversion, convert_params
-from asa_jax.interop.huggingface import load_model
-from asa_jax.training.checkpoint import restore_params
-from asa_jax.training.run_directory import CHECKPOINTS
+from asa_jax.interop.restore import restore_model
 from asa_jax.training.step import Batch
 
 
@@ -33,9 +31,5 @@ def load_initial_params(
         ImportedModelError: the model folder is damaged, or its architecture not supported.
         ConfigError: there is no conversion to this model.
     """
-    if (path / CHECKPOINTS).is_dir():
-        config, params, _ = restore_params(path, mesh)
-        source = config.model
-    else:
-        source, params, _ = load_model(path, mesh)
-    return convert_params(params, source, cfg, mesh, batch())
+    config, params, _ = restore_model(path, mesh)
+    return convert_params(params, config.model, cfg, mesh, batch())

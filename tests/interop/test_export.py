@@ -12,13 +12,15 @@ from flax import nnx
 
 from asa_jax.config import Config, MeshConfig, config_from_dict
 from asa_jax.data.tokenizer import ByteTokenizer, load_tokenizer
-from asa_jax.errors import ConfigError, ImportedModelError
+from asa_jax.errors import CheckpointError, ConfigError, ImportedModelError
 from asa_jax.interop.export_folder import export_model
 from asa_jax.interop.export_llama import is_llama
 from asa_jax.interop.huggingface import load_model
 from asa_jax.interop.initial_params import load_initial_params
+from asa_jax.interop.restore import restore_model
 from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import make_mesh
+from asa_jax.trained_run import load_run_tokenizer
 from configs import base
 from tests.models import random_params, tiny_model_config
 
@@ -122,6 +124,23 @@ def test_a_run_can_start_from_a_folder(tmp_path):
     with jax.set_mesh(mesh):
         found = load_initial_params(tmp_path / "model", config.model, mesh, lambda: batch)
     _arrays_equal(found[0], params)
+
+
+def test_a_folder_stands_in_for_a_run(tmp_path):
+    config, folder = CASES["mla"], tmp_path / "model"
+    params = random_params(config.model)
+    export_model(config, params, ByteTokenizer(), folder)
+    restored, found, step = restore_model(folder)
+    assert restored.model == config.model and step == 0
+    _arrays_equal(found, params)
+    assert load_run_tokenizer(folder).encode("a") == [97]
+    with pytest.raises(ConfigError, match=r"--step=3: .* has no steps"):
+        restore_model(folder, step=3)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ImportedModelError, match=r"tokenizer.json: cannot read"):
+        load_run_tokenizer(folder)
+    with pytest.raises(CheckpointError):
+        restore_model(tmp_path)
 
 
 def test_half_precision_is_rounded_once(tmp_path):
