@@ -116,7 +116,7 @@ def gather_rows(*parts: jax.Array, skip: int = 0) -> tuple[jax.Array, ...]:
 
 
 def map_queries(
-    function: Callable[..., Any], *queries: jax.Array, offset: jax.Array | None = None
+    function: Callable[..., Any], *queries: jax.Array, offset: jax.Array | int | None = None
 ) -> Any:
     """Applies a function to each chunk of queries.
 
@@ -169,39 +169,6 @@ def map_windows(
         return function(*padded, *keys, _slices(segment_ids, size, halo))[:, halo:]
 
     return map_chunks(attend, halo, keys)
-
-
-def map_queries_in_rows(
-    function: Callable[..., jax.Array],
-    before: int,
-    queries: tuple[jax.Array, ...],
-    rows: tuple[jax.Array, ...],
-) -> jax.Array:
-    """As `map_windows`, with keys that every device holds: those of the queries and before them.
-
-    Args:
-        function: of (*queries, *rows), alike in length, to [B, T, ...]; the first `before` queries
-            are zeros, and their results are left out.
-        before: tokens of `rows` before the first query.
-        queries: parts [B, 2t, ...].
-        rows: [B, before + T, ...].
-
-    Returns:
-        What `function` returns, as a part.
-    """
-    if context_size() == 1:
-        padded = (_pad_front(query, before) for query in queries)
-        return function(*padded, *rows)[:, before:]
-    size = queries[0].shape[1] // 2
-    halves = zip(*(jnp.split(part, 2, axis=1) for part in queries), strict=True)
-    results = []
-    for half, index in zip(halves, _own_chunks(), strict=True):
-        padded = (_pad_front(query, before) for query in half)
-        keys = (
-            jax.lax.dynamic_slice_in_dim(row, index * size, before + size, axis=1) for row in rows
-        )
-        results.append(function(*padded, *keys)[:, before:])
-    return jnp.concatenate(results, axis=1)
 
 
 def map_chunks(

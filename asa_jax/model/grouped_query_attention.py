@@ -17,7 +17,6 @@ from asa_jax.context_parallel import (
     gather_rows,
     in_row_order,
     map_queries,
-    map_queries_in_rows,
     map_windows,
 )
 from asa_jax.model.cached_attention import (
@@ -166,14 +165,23 @@ class GroupedQueryAttention(nnx.Module):
     ) -> jax.Array:
         """Attention of a part of a chunk's queries to rows of a window and the chunk."""
         before = key.shape[1] - query.shape[1] * context_size()
-        return map_queries_in_rows(self._attend_window, before, (query,), (key, value, segment_ids))
+        return map_queries(
+            lambda query, offset: self._attend_window(query, key, value, segment_ids, offset),
+            query,
+            offset=before,
+        )
 
     def _attend_window(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segment_ids: jax.Array,
+        offset: jax.Array | int | None = None,
     ) -> jax.Array:
         assert self.window_size is not None
         output, _ = sliding_window_attention(
             query, key, value, window_size=self.window_size, segment_ids=segment_ids,
-            scale=self.scale, implementation=self.cfg.implementation,
+            query_offset=offset, scale=self.scale, implementation=self.cfg.implementation,
         )  # fmt: skip
         return output

@@ -27,7 +27,6 @@ from asa_jax.context_parallel import (
     gather_rows,
     in_row_order,
     map_queries,
-    map_queries_in_rows,
     map_windows,
 )
 from asa_jax.model.cached_attention import (
@@ -235,8 +234,12 @@ class LatentAttention(nnx.Module):
     ) -> jax.Array:
         """Attention of a part of a chunk's queries to rows of a window and the chunk."""
         before = latent.shape[1] - query.shape[1] * context_size()
-        attend = functools.partial(self._attend_window, key_up, value_up)
-        return map_queries_in_rows(attend, before, (query,), (latent, rope_key, segment_ids))
+        row = latent, rope_key, segment_ids
+        return map_queries(
+            lambda query, offset: self._attend_window(key_up, value_up, query, *row, offset),
+            query,
+            offset=before,
+        )
 
     def _attend_window(
         self,
@@ -246,12 +249,13 @@ class LatentAttention(nnx.Module):
         latent: jax.Array,
         rope_key: jax.Array,
         segment_ids: jax.Array,
+        offset: jax.Array | int | None = None,
     ) -> jax.Array:
         assert self.window_size is not None
         key, value = _expand(latent, rope_key, key_up, value_up)
         output, _ = sliding_window_attention(
             query, key, value, window_size=self.window_size, segment_ids=segment_ids,
-            scale=self.scale, implementation=self.cfg.implementation,
+            query_offset=offset, scale=self.scale, implementation=self.cfg.implementation,
         )  # fmt: skip
         return output
 

@@ -27,7 +27,6 @@ from asa_jax.context_parallel import (
     in_row_order,
     map_chunks,
     map_queries,
-    map_queries_in_rows,
     map_windows,
 )
 from asa_jax.model.block_cache import (
@@ -48,7 +47,6 @@ from asa_jax.model.cached_attention import (
     Keys,
     attend_blocks,
     attend_cache,
-    ring_segment_ids,
     write_if,
 )
 from asa_jax.model.layers import Projection, residual_stddev
@@ -59,6 +57,7 @@ from asa_jax.model.sparse_cache import (
     append_chunk,
     append_token,
     empty_cache,
+    known_tokens,
 )
 from asa_jax.sharding import constrain, sharded
 from pallas_kernels.compressed_attention import compressed_attention
@@ -123,7 +122,7 @@ class NativeSparseAttention(nnx.Module):
             summaries = KeyValue(*(summaries_of(a, length, self.cfg) for a in summaries))
         kept = {"compression": summaries, "selection": cache.tokens, "window": window_row}
         rows = {branch: row for branch, row in kept.items() if row is not None}
-        segments = {b: self._segment_ids(b, row, chunk, size) for b, row in rows.items()}
+        segments = {b: known_tokens(b, row, chunk, size, self.cfg) for b, row in rows.items()}
         lists = None if in_force is None else LISTS
         attend = sharded(
             self._attend_cached,
@@ -278,8 +277,12 @@ class NativeSparseAttention(nnx.Module):
             outputs, block_indices = map_queries(attend, query, offset=chunk.offset)
         if "window" in rows:
             before = rows["window"].key.shape[1] - query.shape[1] * context_size()
-            outputs["window"] = map_queries_in_rows(
-                self._attend_recent, before, (query,), (*rows["window"], segment_ids["window"])
+            outputs["window"] = map_queries(
+                lambda query, offset: self._attend_recent(
+                    query, *rows["window"], segment_ids["window"], offset
+                ),
+                query,
+                offset=before,
             )
         return outputs, block_indices
 
@@ -290,15 +293,6 @@ class NativeSparseAttention(nnx.Module):
             "query_offset": query_offset,
             "implementation": self.cfg.implementation,
         }
-
-    def _segment_ids(self, branch: str, row: KeyValue, chunk: Chunk, size: int) -> jax.Array:
-        """1 for the tokens that a branch knows, 0 for others: int32 [B, S]."""
-        if branch == "window":
-            return ring_segment_ids(chunk, row.key.shape[1] - size, size)
-        if branch == "selection":
-            return chunk.segment_ids(row.key.shape[1])
-        last = self.cfg.compression_stride * (row.key.shape[1] - 1)
-        return chunk.segment_ids(last + self.cfg.compression_block_size)
 
     def _attend_blocks(
         self,
@@ -331,11 +325,16 @@ class NativeSparseAttention(nnx.Module):
         return {"compression": output, "selection": selected}, block_indices
 
     def _attend_recent(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segment_ids: jax.Array,
+        offset: jax.Array | int | None = None,
     ) -> jax.Array:
         output, _ = sliding_window_attention(
             query, key, value, window_size=self.cfg.window_size, segment_ids=segment_ids,
-            implementation=self.cfg.implementation,
+            query_offset=offset, implementation=self.cfg.implementation,
         )  # fmt: skip
         return output
 

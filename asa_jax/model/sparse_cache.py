@@ -7,7 +7,14 @@ import jax.numpy as jnp
 
 from asa_jax.config import ModelConfig
 from asa_jax.model.block_cache import summary_slots
-from asa_jax.model.cached_attention import Chunk, extend_ring, fill, recent_row, write
+from asa_jax.model.cached_attention import (
+    Chunk,
+    extend_ring,
+    fill,
+    recent_row,
+    ring_segment_ids,
+    write,
+)
 
 
 class KeyValue(NamedTuple):
@@ -94,6 +101,26 @@ def append_chunk(
             size = pairs["window"].key.shape[1]
             window_row = KeyValue(*(recent_row(a, chunk, cfg.window_size, size) for a in tokens))
     return cache._replace(tokens=tokens, window=window, recent=recent), window_row, recent_tokens
+
+
+def known_tokens(
+    branch: str, row: KeyValue, chunk: Chunk, size: int, cfg: ModelConfig
+) -> jax.Array:
+    """1 for the tokens that a branch knows of what it reads, 0 for others: int32 [B, S].
+
+    Args:
+        branch: its name.
+        row: what it reads: summaries, whole rows, or a window and the chunk.
+        chunk: where it stands.
+        size: its tokens.
+        cfg: sizes of blocks.
+    """
+    if branch == "window":
+        return ring_segment_ids(chunk, row.key.shape[1] - size, size)
+    if branch == "selection":
+        return chunk.segment_ids(row.key.shape[1])
+    last = cfg.compression_stride * (row.key.shape[1] - 1)
+    return chunk.segment_ids(last + cfg.compression_block_size)
 
 
 def _extend(

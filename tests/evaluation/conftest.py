@@ -1,5 +1,6 @@
 """Scorers that cheat, and a small config."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ def make_config() -> MakeConfig:
 
     def make(kinds: tuple[str, ...] = ("sliding",), **evaluation: Any) -> Config:
         values = base.get_config().to_dict()
-        values["model"] = vars(tiny_model_config(kinds, vocab_size=260))
+        values["model"] = dataclasses.asdict(tiny_model_config(kinds, vocab_size=260))
         values["data"]["sequence_length"] = 64
         values["training"]["loss_chunk_tokens"] = 100
         values["evaluation"] |= {"batch_tokens": 1024, **evaluation}
