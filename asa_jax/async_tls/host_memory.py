@@ -1,0 +1,59 @@
+"""Host memory for whole caches: refused at once where there is not enough of it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from asa_jax.errors import UserError
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class HostMemoryError(UserError):
+    """The host has not the memory for keys and values: found before the first token."""
+
+
+def allocate_host(
+    shape: tuple[int, ...], dtype: np.dtype, available_bytes: int | None = None
+) -> np.ndarray:
+    """Allocates zeros that the machine really has room for.
+
+    Args:
+        shape: of the array.
+        dtype: of the array.
+        available_bytes: free memory; None for what the system says.
+
+    Returns:
+        The array, each of its pages written: a system that promises memory it has not would
+        otherwise end the process tokens later.
+
+    Raises:
+        HostMemoryError: there is not enough.
+    """
+    needed = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    available = system_available_bytes() if available_bytes is None else available_bytes
+    message = (
+        f"async_tls: keys and values need {needed} bytes of host memory and {available} are free; "
+        "use fewer rows or a shorter cache"
+    )
+    if needed > available:
+        raise HostMemoryError(message)
+    try:
+        array = np.empty(shape, dtype)
+    except MemoryError:
+        raise HostMemoryError(message) from None
+    array.fill(0)
+    return array
+
+
+def system_available_bytes() -> int:
+    """Bytes that this process can still allocate, by the system and by its control group."""
+    lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())  # "max" where there is no limit
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return min(available, limit - used)

@@ -1,0 +1,92 @@
+"""Where blocks are: the states of blocks, the slots of the pool, and which slot goes next.
+
+    EMPTY -> TAIL (filling) -> SEALING (on its way to the host) -> RESIDENT <-> HOST
+                                                    HOST -> LOADING (on its way back) -> RESIDENT
+
+A block has a slot in TAIL, SEALING and RESIDENT, and may be read there. Sealed blocks never change,
+so a RESIDENT one is given up without a write. The slots of other states are never given up.
+"""
+
+import enum
+
+import numpy as np
+
+
+class State(enum.IntEnum):
+    """Of a block of a row."""
+
+    EMPTY = 0
+    TAIL = 1
+    SEALING = 2
+    RESIDENT = 3
+    HOST = 4
+    LOADING = 5
+
+
+class SlotTable:
+    """Blocks and slots of all rows; a row is one key head of one sequence.
+
+    Attributes:
+        state: int8 [rows, blocks], a `State`.
+        slot_of: int32 [rows, blocks], -1 where the block has none.
+        block_of: int32 [rows, slots], -1 where the slot is free.
+        stamp: int64 [rows, slots], when the slot's block was last used.
+    """
+
+    def __init__(self, num_rows: int, num_blocks: int, num_slots: int) -> None:
+        """Starts with free slots and empty blocks."""
+        self.state = np.full((num_rows, num_blocks), State.EMPTY, np.int8)
+        self.slot_of = np.full((num_rows, num_blocks), -1, np.int32)
+        self.block_of = np.full((num_rows, num_slots), -1, np.int32)
+        self.stamp = np.zeros((num_rows, num_slots), np.int64)
+        self._clock = 0
+
+    def clear(self, rows: np.ndarray) -> None:
+        """Frees the slots of rows and empties their blocks."""
+        self.state[rows] = State.EMPTY
+        self.slot_of[rows] = self.block_of[rows] = -1
+
+    def touch(self, rows: np.ndarray, blocks: np.ndarray) -> None:
+        """Marks blocks as used now, those that have a slot."""
+        self._clock += 1
+        slots = self.slot_of[rows, blocks]
+        self.stamp[rows[slots >= 0], slots[slots >= 0]] = self._clock
+
+    def take(
+        self, rows: np.ndarray, blocks: np.ndarray, state: State, protected: np.ndarray
+    ) -> np.ndarray | None:
+        """Gives each block a slot: a free one, or that of the block that was not used for longest.
+
+        Args:
+            rows: ascending; a row may come more than once.
+            blocks: without a slot.
+            state: that they get.
+            protected: bool [rows, blocks], which are not to lose their slots.
+
+        Returns:
+            The slots, or None and no change where a row has too few to give.
+        """
+        order, number_free = self._victims(protected)
+        place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        if (place >= number_free[rows]).any():
+            return None
+        slots = order[rows, place]
+        before = self.block_of[rows, slots]
+        held = before >= 0
+        self.state[rows[held], before[held]] = State.HOST
+        self.slot_of[rows[held], before[held]] = -1
+        self.block_of[rows, slots], self.slot_of[rows, blocks] = blocks, slots
+        self.state[rows, blocks] = state
+        self.touch(rows, blocks)
+        return slots
+
+    def _victims(self, protected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots [rows, slots] in the order in which they are given up, and how many can be."""
+        every = np.arange(len(self.block_of))[:, None]
+        free = self.block_of < 0
+        idle = (self.state[every, self.block_of] == State.RESIDENT) & ~protected[
+            every, self.block_of
+        ]
+        key = np.where(idle, self.stamp, np.iinfo(np.int64).max)
+        key = np.where(free, -1, key)
+        return np.argsort(key, axis=1, kind="stable"), (free | idle).sum(1)
