@@ -78,16 +78,10 @@ def select_tokens(
         Positions int32 [B, K, S'], no position twice, -1 for none: S' = token_budget (or all tokens
         of the blocks if fewer) + 3 block_size.
     """
-    size, lengths = cfg.block_size, index.lengths
-    kept = _is_always_kept(blocks, lengths[:, None, None], size)
-    positions = _tokens_of(jnp.where(kept, -1, blocks), lengths, size)
+    positions = candidate_tokens(blocks, index.lengths, cfg.block_size)
     weights = _estimated_weights(query, index, channels, positions, scale)
-    best, place = jax.lax.top_k(weights, min(cfg.token_budget, weights.shape[2]))
-    chosen = jnp.take_along_axis(positions, place, axis=2)
-    chosen = jnp.where(best >= 0, chosen, -1)
-    always = _tokens_of(always_kept_blocks(lengths, size)[:, None], lengths, size)
-    always = jnp.broadcast_to(always, (*chosen.shape[:2], always.shape[2]))
-    return jnp.concatenate([chosen, always], axis=2)
+    chosen = best_tokens(weights, positions, cfg.token_budget)
+    return with_always_kept(chosen, index.lengths, cfg.block_size)
 
 
 def synchronous_step(
@@ -160,6 +154,35 @@ def _is_always_kept(blocks: jax.Array, lengths: jax.Array, block_size: int) -> j
     return (blocks == 0) | ((blocks >= tail - 1) & (blocks <= tail))
 
 
+def candidate_tokens(blocks: jax.Array, lengths: jax.Array, block_size: int) -> jax.Array:
+    """Positions of the tokens of blocks that are not kept anyway.
+
+    Args:
+        blocks: int32 [B, K, L], -1 for none.
+        lengths: int32 [B].
+        block_size: tokens of a block.
+
+    Returns:
+        int32 [B, K, L * block_size], -1 for none.
+    """
+    kept = _is_always_kept(blocks, lengths[:, None, None], block_size)
+    return _tokens_of(jnp.where(kept, -1, blocks), lengths, block_size)
+
+
+def best_tokens(weights: jax.Array, positions: jax.Array, budget: int) -> jax.Array:
+    """The positions [B, K, min(budget, s)] of the greatest of weights [B, K, s], -1 for none."""
+    weights = jnp.where(positions >= 0, weights, -1.0)
+    best, place = jax.lax.top_k(weights, min(budget, weights.shape[2]))
+    return jnp.where(best >= 0, jnp.take_along_axis(positions, place, axis=2), -1)
+
+
+def with_always_kept(chosen: jax.Array, lengths: jax.Array, block_size: int) -> jax.Array:
+    """Adds the tokens that are always kept to positions: [B, K, s] to [B, K, s + 3 block_size]."""
+    always = _tokens_of(always_kept_blocks(lengths, block_size)[:, None], lengths, block_size)
+    always = jnp.broadcast_to(always, (*chosen.shape[:2], always.shape[2]))
+    return jnp.concatenate([chosen, always], axis=2)
+
+
 def _tokens_of(blocks: jax.Array, lengths: jax.Array, block_size: int) -> jax.Array:
     """Positions of the tokens of blocks [B, k, L]: [B, k, L * block_size], -1 where none is."""
     positions = blocks[..., None] * block_size + jnp.arange(block_size)
@@ -170,11 +193,10 @@ def _tokens_of(blocks: jax.Array, lengths: jax.Array, block_size: int) -> jax.Ar
 def _estimated_weights(
     query: jax.Array, index: Index, channels: jax.Array, positions: jax.Array, scale: float
 ) -> jax.Array:
-    """Softmax of label scores over positions [B, K, s], summed over G: [B, K, s]; -1 for none."""
+    """Softmax of label scores over positions [B, K, s], summed over G: [B, K, s]."""
     rows, heads = (jnp.arange(n) for n in positions.shape[:2])
     labels = jax.tree.map(lambda x: x[rows[:, None, None], heads[:, None], positions], index.labels)
     grouped = query.reshape(*positions.shape[:2], -1, query.shape[2])
     parts = take_channels(grouped.swapaxes(1, 2), channels).swapaxes(1, 2)
     scores = scale * label_scores(parts, labels)
-    weights = jax.nn.softmax(scores, axis=-1, where=(positions >= 0)[:, :, None]).sum(2)
-    return jnp.where(positions >= 0, weights, -1.0)
+    return jax.nn.softmax(scores, axis=-1, where=(positions >= 0)[:, :, None]).sum(2)

@@ -58,10 +58,15 @@ class SimulatedBackend:
         """
         block = (block_size, width)
         self.host = allocate_host((num_rows, num_blocks, *block), dtype, available_bytes)
-        self.pool = np.zeros((num_rows, num_slots, *block), dtype)
+        self._pool = np.zeros((num_rows, num_slots, *block), dtype)
         self.num_slots = num_slots
-        self.block_bytes = self.pool[0, 0].nbytes
+        self.block_bytes = self._pool[0, 0].nbytes
         self._ticks_of = ticks_of
+
+    @property
+    def pool(self) -> np.ndarray:
+        """A copy: JAX may read an array of numpy's after it took it, and slots change in place."""
+        return self._pool.copy()
 
     def start_fetch(self, rows: np.ndarray, blocks: np.ndarray) -> SimulatedTransfer:
         """See `transfers.Backend`."""
@@ -69,7 +74,7 @@ class SimulatedBackend:
 
     def start_flush(self, rows: np.ndarray, slots: np.ndarray) -> SimulatedTransfer:
         """See `transfers.Backend`."""
-        return self._start(self.pool[rows, slots])
+        return self._start(self._pool[rows, slots])
 
     def landed(self, transfer: SimulatedTransfer) -> bool:
         """See `transfers.Backend`."""
@@ -95,7 +100,7 @@ class SimulatedBackend:
         self, transfer: SimulatedTransfer, which: np.ndarray, rows: np.ndarray, slots: np.ndarray
     ) -> None:
         """See `transfers.Backend`."""
-        self.pool[rows, slots] = transfer.staging[which]
+        self._pool[rows, slots] = transfer.staging[which]
 
     def store(
         self, transfer: SimulatedTransfer, which: np.ndarray, rows: np.ndarray, blocks: np.ndarray
@@ -111,7 +116,7 @@ class SimulatedBackend:
         self, rows: np.ndarray, slots: np.ndarray, offsets: np.ndarray, tokens: np.ndarray
     ) -> None:
         """See `transfers.Backend`."""
-        self.pool[rows, slots, offsets] = np.asarray(tokens)
+        self._pool[rows, slots, offsets] = np.asarray(tokens)
 
     def _start(self, source: np.ndarray) -> SimulatedTransfer:
         # What is read before it landed is to be seen as wrong.

@@ -18,11 +18,13 @@ class TransferError(RuntimeError):
 class Backend(Protocol):
     """Moves blocks of host [rows, blocks] to and from slots of the pool [rows, slots]."""
 
-    # [rows, num_slots, block_size, width], on the device
-    pool: Any
     num_slots: int
     # of one block
     block_bytes: int
+
+    @property
+    def pool(self) -> Any:
+        """The slots, [rows, num_slots, block_size, width], for attention to read."""
 
     def start_fetch(self, rows: np.ndarray, blocks: np.ndarray) -> Any:
         """Starts to bring host[rows, blocks] to a staging buffer on the device."""
