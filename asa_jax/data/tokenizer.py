@@ -34,6 +34,7 @@ class Tokenizer(Protocol):
         vocab_size: one more than the largest token id.
         end_of_document_id: id of the token that ends every document.
         end_of_document: text of that token.
+        start_ids: ids that a prompt begins with; none where documents are packed without.
         fingerprint: sha256 of the tokenizer file, or 'bytes'.
         source: text of the tokenizer.json, or None for bytes.
     """
@@ -41,6 +42,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_of_document_id: int
     end_of_document: str
+    start_ids: tuple[int, ...]
     fingerprint: str
     source: str | None
 
@@ -63,6 +65,7 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_document_id = 256
     end_of_document = "<|endoftext|>"
+    start_ids: tuple[int, ...] = ()
     fingerprint = BYTES
     source: str | None = None
 
@@ -107,6 +110,14 @@ class JsonTokenizer:
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         self.end_of_document = self._find_end_of_document(name, end_of_document)
         self.end_of_document_id = self._id(self.end_of_document)
+        self.start_ids: tuple[int, ...] = ()
+
+    def published_start(self) -> tuple[int, ...]:
+        """The special tokens that the tokenizer.json puts before a text, such as Llama's."""
+        text = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        starts = range(len(whole) - len(text) + 1)
+        return tuple(whole[: next((i for i in starts if whole[i : i + len(text)] == text), 0)])
 
     def _id(self, token: str) -> int:
         index = self._tokenizer.token_to_id(token)

@@ -94,7 +94,8 @@ class Conversation:
             UserError: the cache does not fit into memory.
         """
         check_request(max_tokens, [seed], stop, least_tokens=0)
-        new, sampling = self._generator.encode_prompt(text), sampling.checked()
+        new = self._generator.encode_prompt(text, continues=bool(self.tokens))
+        sampling = sampling.checked()
         rows = self._with_room(len(new), max_tokens)
         row = Continuation(self._generator.tokenizer, [*rows.tokens[0], *new], stop)
 

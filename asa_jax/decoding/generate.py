@@ -147,10 +147,10 @@ class Generator:
         drawn = self._draw(encoded, max_tokens, sampling, seed, until_end=True, progress=progress)
         return (new for _, new in _texts(rows, drawn))
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, at least one."""
-        encode = self.tokenizer.encode
-        return encode(prompt) or encode("\n") or [self.tokenizer.end_of_document_id]
+    def encode_prompt(self, prompt: str, *, continues: bool = False) -> list[int]:
+        """Token ids of a prompt, at least one; `continues`: it is not the start of a text."""
+        encode, start = self.tokenizer.encode, () if continues else self.tokenizer.start_ids
+        return [*start, *encode(prompt)] or encode("\n") or [self.tokenizer.end_of_document_id]
 
     def stream_tokens(
         self,

@@ -1,8 +1,9 @@
 import dataclasses
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,23 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+import generate
 from asa_jax.decoding.generate import Generator
+from asa_jax.decoding.options import Options
 from asa_jax.decoding.settings import Sampling
+from asa_jax.flags import PROJECT
 from asa_jax.interop.architectures import read_architecture
+from asa_jax.interop.folder_tokenizer import load_folder_tokenizer
 from asa_jax.interop.huggingface import load_model
 from asa_jax.interop.tensor_table import all_places
 from asa_jax.model.transformer import abstract_model, layer_places
+from asa_jax.trained_run import read_run_config
 from tests.interop.reference_cases import (
     CASES,
     NUM_GREEDY_TOKENS,
     PROMPT,
     REFERENCE,
+    TOKENIZER,
     write_model,
 )
 from tests.models import QUICK_COMPILE
@@ -38,15 +45,43 @@ def test_logits_equal_those_of_transformers(tmp_path, name):
     np.testing.assert_array_equal(found[len(PROMPT) - 1 : -1].argmax(-1), tokens[len(PROMPT) :])
 
 
-@pytest.mark.parametrize("name", ["llama3", "deepseek_v3"])
-def test_greedy_text_equals_that_of_transformers(tmp_path, name):
-    cfg, params, tokenizer = load_model(write_model(tmp_path, CASES[name]))
-    generator = Generator(SimpleNamespace(model=cfg), params, tokenizer, chunk_tokens=16)
+def test_greedy_tokens_equal_those_of_transformers(tmp_path):
+    _, params, tokenizer = load_model(write_model(tmp_path, CASES["deepseek_v3"]))
+    generator = Generator(read_run_config(tmp_path), params, tokenizer, chunk_tokens=16)
     drawn = generator.stream_tokens(
         [PROMPT.tolist()], max_tokens=NUM_GREEDY_TOKENS, sampling=Sampling(temperature=0)
     )
-    tokens, _ = _reference(name)
+    tokens, _ = _reference("deepseek_v3")
     np.testing.assert_array_equal(np.concatenate(list(drawn), axis=1)[0], tokens[len(PROMPT) :])
+
+
+def test_generate_command_gives_the_text_of_transformers(tmp_path, capsys):
+    model, words = write_model(tmp_path, CASES["llama3"]), [f"w{i}" for i in PROMPT]
+    unset = {name: None for name in Options._fields}
+    given = {
+        "workdir": model, "tokenizer": load_folder_tokenizer(model), "prompt": " ".join(words),
+        "max_tokens": NUM_GREEDY_TOKENS, "sampling": Sampling(temperature=0), "seed": 0,
+        "stop": (), "chunk_tokens": 64,
+    }  # fmt: skip
+    generate.main(Options(**unset | given))
+    output, errors = capsys.readouterr()
+    tokens, _ = _reference("llama3")
+    assert output.split() == [f"w{i}" for i in tokens[len(PROMPT) :]]
+    assert errors.startswith(f"{model}, step 0\nattention: ")
+
+
+def test_command_refuses_a_folder_before_jax_is_imported(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    parse = "import sys; from asa_jax.flags import exit_on_error; "
+    parse += "from asa_jax.decoding.options import parse_options; "
+    parse += "sys.modules['jax'] = None; exit_on_error(parse_options)"
+    done = subprocess.run(
+        [sys.executable, "-c", parse, f"--workdir={tmp_path}", "--prompt=a"],
+        cwd=PROJECT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path}/config.json: model_type = 'gpt2': must be")
+    assert done.stderr.count("\n") == 1
 
 
 def test_logits_of_a_mesh():
@@ -129,9 +164,34 @@ def test_tokenizer_is_that_of_the_folder(tmp_path):
     _, _, tokenizer = load_model(tmp_path)
     assert tokenizer.encode("w3 w45") == [3, 45]
     assert tokenizer.end_of_document == "</s>"
+    assert tokenizer.start_ids == ()
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "w7"}}')
     _, _, tokenizer = load_model(tmp_path)
     assert tokenizer.end_of_document_id == 7
+
+
+def test_prompts_begin_as_the_tokenizer_says(tmp_path):
+    write_model(tmp_path, CASES["smollm2"])
+    template = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "w9", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": "</s>", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "w9": {"id": "w9", "ids": [9], "tokens": ["w9"]},
+            "</s>": {"id": "</s>", "ids": [47], "tokens": ["</s>"]},
+        },
+    }  # fmt: skip
+    tokenizer = json.dumps(TOKENIZER | {"post_processor": template})
+    (tmp_path / "tokenizer.json").write_text(tokenizer)
+    _, params, tokenizer = load_model(tmp_path)
+    assert tokenizer.start_ids == (9,)
+    assert tokenizer.encode("w3") == [3]
+    generator = Generator(read_run_config(tmp_path), params, tokenizer)
+    assert generator.encode_prompt("w3") == [9, 3]
+    assert generator.encode_prompt("w3", continues=True) == [3]
 
 
 def _reference(name):
