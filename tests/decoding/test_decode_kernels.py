@@ -1,16 +1,20 @@
-"""Which kernels a step of decoding runs on a Hopper GPU: all that there are, for every layer."""
+"""What a step of decoding runs: all kernels that there are, and the caches of layers where they are."""
 
+import dataclasses
 import logging
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from asa_jax.config import config_from_dict
+from asa_jax.decoding.runner import Runner
 from asa_jax.model.transformer import abstract_model
 from configs import asa_1b, asa_340m
 from pallas_kernels import dispatch
+from tests.models import random_params, tiny_model_config
 
 
 @pytest.mark.parametrize(
@@ -18,7 +22,6 @@ from pallas_kernels import dispatch
     [
         (asa_340m, "asa", 1 + 4),  # ring; block means, two for lists, listed blocks
         (asa_1b, "mla", 1),
-        pytest.param(asa_1b, "nsa_paper", 5, marks=pytest.mark.slow),
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
@@ -37,3 +40,17 @@ def test_step_lowers_to_kernels(config, arm, num_kernels, monkeypatch, caplog):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == num_kernels  # of one period of the layers
     assert not caplog.records  # nothing fell back to XLA
+
+
+def test_a_stack_of_layers_is_decoded_as_a_list():
+    """A scan would copy the caches of all layers at every step."""
+    listed_cfg = tiny_model_config(("full", "sliding") * 2)
+    listed = random_params(listed_cfg)
+    groups = [listed["groups"][i] for i in range(2)]
+    stacked = {**listed, "groups": jax.tree.map(lambda *x: jnp.stack(x), *groups)}
+    cfg = dataclasses.replace(listed_cfg, scan_layers=True)
+    runner = Runner(cfg, stacked, vocab_size=64)
+    assert runner.cfg == listed_cfg
+    chex.assert_trees_all_equal(runner.params, listed)
+    shapes = jax.tree.leaves(runner.shapes(64).cache)
+    assert {leaf.shape[0] for leaf in shapes} == {1}  # the row leads, not the layer

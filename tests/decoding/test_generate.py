@@ -50,29 +50,38 @@ def _tokens(generator, prompts, max_tokens, **kwargs):
     return np.concatenate(list(drawn), axis=1)
 
 
-def test_greedy_takes_the_argmax_of_full_forwards(make_config, generator):
-    prompts = [generator.encode_prompt(text) for text in PROMPTS]
-    max_tokens = 40  # from before the first complete block to behind the second; three dispatches
-    drawn = _tokens(generator, prompts, max_tokens, sampling=GREEDY)
-    chex.assert_shape(drawn, (len(prompts), max_tokens))
+def test_greedy_tokens_and_log_probabilities_are_those_of_full_forwards(make_config, generator):
+    # From before the first complete block to behind the second.
+    request = {"max_tokens": 40, "sampling": GREEDY, "num_alternatives": 2}
+    completions = generator.complete(PROMPTS, **request)
 
-    # Every drawn token is the argmax after the prompt and the tokens drawn before it.
     cfg = make_config().model
-    rows = [[*prompt, *row.tolist()] for prompt, row in zip(prompts, drawn, strict=True)]
+    prompts = [generator.encode_prompt(text) for text in PROMPTS]
+    rows = [
+        [*prompt, *completion.tokens]
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
     length = max(map(len, rows))
     inputs = jnp.array([row + [0] * (length - len(row)) for row in rows])
     positions = jnp.broadcast_to(jnp.arange(length), inputs.shape)
 
     def predict(params):
         model = nnx.merge(abstract_model(cfg)[0], params)
-        hidden = model(inputs, positions, jnp.ones_like(inputs))
-        return jnp.argmax((hidden @ model.unembedding())[..., : TOKENIZER.vocab_size], axis=-1)
+        logits = model(inputs, positions, jnp.ones_like(inputs)) @ model.unembedding()
+        return jax.lax.top_k(jax.nn.log_softmax(logits[..., : TOKENIZER.vocab_size]), 2)
 
     jitted = jax.jit(predict, compiler_options=QUICK_COMPILE)
-    predicted = np.asarray(jitted(random_params(cfg)))
-    for prompt, row, want in zip(prompts, drawn, predicted, strict=True):
-        first = len(prompt) - 1
-        chex.assert_trees_all_equal(row, want[first : first + max_tokens].astype(np.int32))
+    logs, tokens = map(np.asarray, jitted(random_params(cfg)))
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        count = len(completion.tokens)
+        assert completion.finish_reason == ("end" if completion.tokens[-1] == END else "length")
+        assert count == 40 or completion.finish_reason == "end"
+        places = slice(len(prompt) - 1, len(prompt) - 1 + count)
+        assert completion.tokens == tokens[row, places, 0].tolist()
+        np.testing.assert_allclose(completion.log_probabilities, logs[row, places, 0], atol=1e-4)
+        likely = np.array(completion.alternatives)
+        np.testing.assert_array_equal(likely[..., 0], tokens[row, places])
+        np.testing.assert_allclose(likely[..., 1], logs[row, places], atol=1e-4)
 
 
 def test_row_depends_on_its_prompt_and_its_seed(generator):
@@ -124,6 +133,52 @@ def test_text_ends_with_the_document():
 
 def test_text_ends_with_max_tokens():
     assert Scripted(b"abcdef").generate(["-"], max_tokens=5) == ["abcde"]
+
+
+@pytest.mark.parametrize("chunk", range(1, 6))
+@pytest.mark.parametrize(
+    ("drawn", "stop", "want", "reason"),
+    [
+        ("one STOP two", ["STOP"], "one ", "stop"),
+        ("one SSTOP two", ["STOP", "one SSTOPS"], "one S", "stop"),
+        ("one two two", ["x", "two", "o tw"], "one ", "stop"),  # the first in the text
+        ("STOP", ["STOP"], "", "stop"),
+        ("one ST", ["STOP"], "one ST", "length"),  # a stop string that never comes is text
+        ("one STO|", ["STOP"], "one STO", "end"),
+        ("aaab", ["aab"], "a", "stop"),
+        ("\u20acb", ["b"], "\u20ac", "stop"),
+    ],
+)
+def test_stop_strings_and_their_parts_are_not_given(chunk, drawn, stop, want, reason):
+    text, bar, _ = drawn.partition("|")
+    tokens = [*text.encode(), *([END] if bar else [])]
+    generator = Scripted(tokens, chunk=chunk)
+    parts = [part for (part,) in generator.stream(["-"], max_tokens=len(tokens), stop=stop)]
+    assert "".join(parts) == want
+    (completion,) = generator.complete(["-"], max_tokens=len(tokens), stop=stop)
+    assert (completion.text, completion.finish_reason) == (want, reason)
+    # What ended the text belongs to the tokens, what follows does not.
+    ends = [drawn.find(text) + len(text) for text in stop if text in drawn]
+    taken = drawn[: min(ends)].encode() if ends else tokens
+    assert completion.tokens == [*taken]
+    assert completion.log_probabilities == [token / -256 for token in completion.tokens]
+
+
+def test_everything_is_one_dispatch_where_nothing_streams(generator, monkeypatch):
+    dispatched, draw = [], generator.runner.draw
+
+    def counted(state, draws, num_steps, **kwargs):
+        dispatched.append(num_steps)
+        return draw(state, draws, num_steps, **kwargs)
+
+    monkeypatch.setattr(generator.runner, "draw", counted)
+    generator.complete(PROMPTS, max_tokens=40, sampling=GREEDY, num_alternatives=2)
+    assert dispatched == [40]
+    parts = generator.stream(PROMPTS, max_tokens=40, sampling=GREEDY)
+    next(parts)
+    assert dispatched == [40, 16, 16]  # the next is under way while the caller has the first
+    list(parts)
+    assert dispatched == [40, 16, 16, 8]
 
 
 @pytest.mark.parametrize("chunk", range(1, 6))
