@@ -256,8 +256,13 @@ def listed_layers(cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
         return cfg, params
     stacked = params["groups"]
     repeats = jax.tree.leaves(stacked)[0].shape[0]
-    groups = {i: jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(repeats)}
-    return dataclasses.replace(cfg, scan_layers=False), {**params, "groups": groups}
+
+    @jax.jit
+    def unstack(stacked: Any) -> dict[int, Any]:
+        return {i: jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(repeats)}
+
+    listed = dataclasses.replace(cfg, scan_layers=False)
+    return listed, {**params, "groups": unstack(stacked)}
 
 
 def shortest_period(kinds: tuple[str, ...]) -> tuple[str, ...]:

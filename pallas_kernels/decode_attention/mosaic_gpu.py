@@ -1,5 +1,6 @@
 """Mosaic GPU kernel of decode_attention: `mosaic.decode` over all keys."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,8 @@ import jax.experimental.pallas as pl
 from pallas_kernels.mosaic import decode, decode_walk
 
 
+# Compiled by itself, so that layers of the same sizes are lowered once.
+@functools.partial(jax.jit, static_argnames=("scale", "splits", "interpret"))
 def decode_attention(
     query: jax.Array,
     key: jax.Array,

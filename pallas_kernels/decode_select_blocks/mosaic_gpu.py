@@ -10,6 +10,7 @@ one along a row. The second kernel is that of `select_blocks`, on one row.
 
 # mypy: disable-error-code="no-untyped-def"
 
+import functools
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ from pallas_kernels.select_blocks.largest import LANES, MAX_LIST, WARPS, largest
 COLUMNS = 4 * WARPS * LANES
 
 
+# Compiled by itself, so that layers of the same sizes are lowered once.
+@functools.partial(jax.jit, static_argnames=("sizes", "scale", "interpret"))
 def decode_select_blocks(
     query: jax.Array,
     key: jax.Array,

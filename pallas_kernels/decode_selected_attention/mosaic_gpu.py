@@ -1,5 +1,6 @@
 """Mosaic GPU kernel of decode_selected_attention: `mosaic.decode` over blocks gathered to tiles."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic import decode, decode_walk
 
 
+# Compiled by itself, so that layers of the same sizes are lowered once.
+@functools.partial(jax.jit, static_argnames=("block_size", "scale", "splits", "interpret"))
 def decode_selected_attention(
     query: jax.Array,
     key: jax.Array,

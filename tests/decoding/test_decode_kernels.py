@@ -1,4 +1,4 @@
-"""What a step of decoding runs: all kernels that there are, and the caches of layers where they are."""
+"""What a step of decoding runs: every kernel that there is, on caches where they lie."""
 
 import dataclasses
 import logging
