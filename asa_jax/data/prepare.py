@@ -29,7 +29,7 @@ from asa_jax.data.shards import (
     shard_from_json,
     token_dtype,
 )
-from asa_jax.data.sources import SUFFIXES, find_files
+from asa_jax.data.sources import SUFFIXES, find_inputs
 from asa_jax.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from asa_jax.errors import ConfigError, DataError, UserError
 
@@ -68,12 +68,12 @@ def _request(options: argparse.Namespace, tokenizer: Tokenizer) -> Request:
         raise ConfigError(f"--validation-fraction {options.validation_fraction}: must be in [0, 1)")
     if options.shard_tokens < 1:
         raise ConfigError(f"--shard-tokens {options.shard_tokens}: must be positive")
-    validation = find_files(options.validation_input)
+    validation = find_inputs(options.validation_input)
     splits = dict.fromkeys(validation, "validation")
-    for path in find_files(options.input):
-        splits.setdefault(path, "train" if validation else "hash")
+    for file in find_inputs(options.input):
+        splits.setdefault(file, "train" if validation else "hash")
     return Request(
-        files=[[str(p), p.stat().st_size, p.stat().st_mtime_ns, s] for p, s in splits.items()],
+        files=[[*file, split] for file, split in splits.items()],
         text_field=options.text_field,
         validation_fraction=options.validation_fraction,
         shard_tokens=options.shard_tokens,
@@ -196,7 +196,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m asa_jax.data.prepare", description="Turn text into token shards."
     )
     parser.add_argument(
-        "--input", nargs="+", required=True, help=f"files or quoted globs of {', '.join(SUFFIXES)}"
+        "--input",
+        nargs="+",
+        required=True,
+        help=f"files, quoted globs or hf://datasets/... of {', '.join(SUFFIXES)}",
     )
     parser.add_argument("--tokenizer", required=True, help="a tokenizer.json, or 'bytes'")
     parser.add_argument("--output", type=Path, required=True, help="the token folder")

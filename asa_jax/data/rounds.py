@@ -28,7 +28,8 @@ class Request:
     """What a folder is made of; equal requests give equal folders.
 
     Attributes:
-        files: [path, bytes, time of last change, split]; split is 'train', 'validation' or 'hash'.
+        files: [name, bytes, version, split], the first three as in `sources.InputFile`; split is
+            'train', 'validation' or 'hash'.
         text_field: field with the text in JSONL and Parquet records.
         validation_fraction: share of the documents of 'hash' files that go to validation.
         shard_tokens: a round ends at this many tokens.
@@ -87,7 +88,10 @@ def write_rounds(output: Path, request: Request, state: State, tokenizer: Tokeni
     """
     tokens = sum(shard["tokens"] for shard in state.shards)
     total_bytes = sum(size for _, size, _, _ in request.files)
-    with show_progress(total_bytes) as report, _Round(output, request, state, tokenizer) as current:
+    with (
+        show_progress(total_bytes, "tokens") as report,
+        _Round(output, request, state, tokenizer) as current,
+    ):
         for batch in _batches(_documents(request, state)):
             encoded = tokenizer.encode_batch([item.text for item in batch])
             for item, ids in zip(batch, encoded, strict=True):
@@ -103,7 +107,7 @@ def _documents(request: Request, state: State) -> Iterator[_Item]:
     done_bytes = 0
     first_file, first_record = state.file, state.record
     for index, (path, size, _, file_split) in enumerate(request.files):
-        documents = read_documents(Path(path), request.text_field) if index >= first_file else ()
+        documents = read_documents(path, request.text_field) if index >= first_file else ()
         for record, document in enumerate(documents):
             if index > first_file or record >= first_record:
                 content = document.text.encode()

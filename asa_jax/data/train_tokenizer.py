@@ -12,7 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from asa_jax.data.sources import find_files, read_documents
+from asa_jax.data.sources import find_inputs, read_documents
 from asa_jax.errors import ConfigError, DataError, UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     texts = (
         record.text
-        for path in find_files(options.input)
-        for record in read_documents(path, options.text_field)
+        for file in find_inputs(options.input)
+        for record in read_documents(file.name, options.text_field)
     )
     tokenizer = train_tokenizer(texts, options.vocab_size)
     learned = tokenizer.get_vocab_size()

@@ -337,3 +337,15 @@ def test_the_command_prints_one_line_and_exits_with_a_code(tmp_path: Path) -> No
     assert result.stderr.count("\n") == 1 and "invalid UTF-8 at byte 0" in result.stderr
     result = subprocess.run([*command, "--typo"], cwd=ROOT, capture_output=True, timeout=60)
     assert result.returncode == 2
+
+
+def test_the_shards_do_not_depend_on_the_workers(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [f"document {i}, é " * (i % 7 * 40) for i in range(200)])
+    tokenizer = str(ROOT / "texts" / "tokenizer.json")
+    command = [sys.executable, "-m", "asa_jax.data.prepare", "--tokenizer", tokenizer]
+    command += ["--input", str(source), "--validation-fraction", "0.2"]
+    folders = [tmp_path / "1", tmp_path / "3"]
+    for folder in folders:
+        options = ["--workers", folder.name, "--output", str(folder)]
+        subprocess.run([*command, *options], cwd=ROOT, check=True, timeout=60)
+    assert content(folders[0]) == content(folders[1])
