@@ -60,11 +60,7 @@ H100 = DeviceKind(
         "causal forward": Rate(455e12, f"assumed that of cuDNN in {_KERNELS}: dense, 16/4 x 64"),
         "causal backward": Rate(404e12, f"assumed that of cuDNN in {_KERNELS}: dense, 16/4 x 64"),
         # Bytes that norms, rotations, gates and sums move, for each that products read or write.
-        "elementwise": Rate(
-            0.5,
-            "assumed: fitted to the fastest steps of asa_340m on one H100, 133k tokens/s at "
-            "8 x 8,192 and 123k at 1 x 65,536 (docs/scaling.md)",
-        ),
+        "elementwise": Rate(1.0, "assumed: as many bytes once more as products read and write"),
         "nvlink": Rate(450e9, "data sheet: 900 GB/s both ways"),
         "network": Rate(50e9, "assumed: one 400 Gb/s InfiniBand port for each device"),
         "link_share": Rate(0.8, "assumed share of a link that large collectives attain"),

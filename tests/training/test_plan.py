@@ -71,7 +71,7 @@ def test_products_by_hand():
 
 def test_the_rate_is_near_what_one_h100_attained():
     plan = make_plan(config_of(**{"data.batch_size": 8}), 1, "H100")
-    assert plan["tokens_per_second"] == pytest.approx(133e3, rel=0.2)
+    assert plan["tokens_per_second"] == pytest.approx(105e3, rel=0.2)
     assert plan["fits"] and not plan["collectives"]
 
 
