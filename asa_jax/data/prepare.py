@@ -10,7 +10,6 @@ when nothing changed, it says so.
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from asa_jax.data.rounds import PROGRESS, Request, State, write_rounds
-from asa_jax.data.shard_writer import PARTIAL, verify_shard, whole_file, write_json
+from asa_jax.data.shard_writer import PARTIAL, locked, verify_shard, whole_file, write_json
 from asa_jax.data.shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -33,7 +32,6 @@ from asa_jax.data.sources import SUFFIXES, find_inputs
 from asa_jax.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from asa_jax.errors import ConfigError, DataError, UserError
 
-LOCK = ".lock"
 DEFAULT_SHARD_TOKENS = 2**26
 
 
@@ -52,7 +50,7 @@ def prepare(options: argparse.Namespace) -> str:
     """
     tokenizer = load_tokenizer(options.tokenizer, options.end_of_document)
     request = _request(options, tokenizer)
-    with _disk_errors(options.output), _locked(options.output):
+    with _disk_errors(options.output), locked(options.output):
         if options.overwrite:
             _remove(options.output)
         if _is_finished(options.output, request):
@@ -91,17 +89,6 @@ def _disk_errors(output: Path) -> Iterator[None]:
             f"{output}: cannot be written ({error.strerror}); finished shards are kept, make room "
             "and run the same command again"
         ) from None
-
-
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    output.mkdir(parents=True, exist_ok=True)
-    with open(output / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{output}: another prepare is writing to it") from None
-        yield
 
 
 def _remove(output: Path) -> None:

@@ -7,6 +7,7 @@ go on. Shards and positions are the same however often the work was interrupted.
 import contextlib
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,9 @@ from asa_jax.data.sources import read_documents
 from asa_jax.data.tokenizer import Tokenizer
 
 PROGRESS = "progress.json"
-BATCH_CHARACTERS = 4_000_000  # the tokenizer needs about 50 bytes of memory for each
+# A document is the work of one thread, so a batch holds enough long ones for every core. The
+# tokenizer needs about 50 bytes of memory for each character.
+BATCH_CHARACTERS = 1_000_000 * max(4, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)

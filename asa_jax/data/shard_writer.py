@@ -2,6 +2,7 @@
 
 import array
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +16,23 @@ from asa_jax.data.shards import Shard, check_file_size
 from asa_jax.errors import DataError
 
 PARTIAL = ".partial"
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes a folder and keeps other processes from writing to it while the block runs.
+
+    Raises:
+        DataError: one is writing to it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: another process is writing to it") from None
+        yield
 
 
 @contextlib.contextmanager

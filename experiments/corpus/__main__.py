@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        reason = f"{options.output}: cannot be written ({error.strerror})"
+        print(f"error: {reason}; run the same command again to go on", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{options.output}: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

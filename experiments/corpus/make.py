@@ -1,7 +1,9 @@
 """A whole corpus: packages fetched one after the other, then built in processes."""
 
+import contextlib
 import functools
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asa_jax.data.progress import show_progress
-from asa_jax.data.shard_writer import PARTIAL
+from asa_jax.data.shard_writer import PARTIAL, locked
 from asa_jax.errors import DataError
 from experiments.corpus.build import build_package, request
 from experiments.corpus.download import fetch
@@ -35,13 +37,14 @@ def build_corpus(
     Raises:
         DataError: no package could be had, or one is damaged.
     """
-    for partial in output.glob(f"*/*{PARTIAL}"):
-        partial.unlink()
-    found = _fetch_all(packages, archives)
-    corpus = Corpus(output)
-    left = {p: path for p, path in found.items() if not corpus.holds(request(p, path, seed))}
-    if left:
-        _build_all(left, corpus, output, seed, workers)
+    with locked(output):
+        for partial in output.glob(f"*/*{PARTIAL}"):
+            partial.unlink()
+        found = _fetch_all(packages, archives)
+        corpus = Corpus(output)
+        left = {p: path for p, path in found.items() if not corpus.holds(request(p, path, seed))}
+        if left:
+            _build_all(left, corpus, output, seed, workers)
     return corpus
 
 
@@ -69,7 +72,10 @@ def _build_all(
     with (
         show_progress(sum(sizes.values()), "packages") as report,
         ProcessPoolExecutor(workers, context, _set_counts, (counts,)) as pool,
+        contextlib.ExitStack() as on_exit,
     ):
+        # After an error nothing more is begun.
+        on_exit.callback(pool.shutdown, wait=False, cancel_futures=True)
         pending: set[Future[dict[str, Any]]] = {
             pool.submit(_build_counted, index, package, left[package], output, seed)
             for index, package in enumerate(sorted(left, key=lambda p: -sizes[p]))
@@ -87,6 +93,8 @@ _counts: Any = None  # of a worker process: bytes done of each package
 def _set_counts(counts: Any) -> None:
     global _counts
     _counts = counts
+    # An interrupt at the keyboard reaches every process; only the first has something to say.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _build_counted(

@@ -268,7 +268,7 @@ def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
     lock = str(tmp_path / "out" / ".lock")
     with subprocess.Popen([sys.executable, "-c", hold, lock], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        with pytest.raises(DataError, match="another prepare is writing to it"):
+        with pytest.raises(DataError, match="another process is writing to it"):
             run(tmp_path / "out", source)
         holder.kill()
     run(tmp_path / "out", source)
