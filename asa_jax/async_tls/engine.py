@@ -123,7 +123,10 @@ class Engine:
         Raises:
             TransferError: the blocks that are always kept cannot be brought to the device; all
                 sequences are empty then.
+            ValueError: a sequence has no token.
         """
+        if np.min(lengths) < 1:
+            raise ValueError(f"lengths: {np.min(lengths)}, expected at least 1 token a sequence")
         self.reset(np.arange(len(self.lengths)))
         self.lengths[:] = lengths
         rows = np.arange(len(self._table.state))
@@ -230,6 +233,9 @@ class Engine:
         self._needed[rows] = False
         self._generations[rows] += 1
         self.lengths[sequences] = 0
+        # Nobody is to wait for what is for ended sequences alone, nor to hear of its failure.
+        self._fetches = [move for move in self._fetches if self._same(move).any()]
+        self._flushes = [move for move in self._flushes if self._same(move).any()]
 
     def _row_lengths(self) -> np.ndarray:
         return np.repeat(self.lengths, self._heads)
@@ -268,7 +274,7 @@ class Engine:
         """Starts sealed blocks for the host that are not on their way."""
         waiting = self._table.state == State.SEALING
         for move in self._flushes:
-            alive = self._generations[move.rows] == move.generations
+            alive = self._same(move)
             waiting[move.rows[alive], move.blocks[alive]] = False
         rows, blocks = np.nonzero(waiting)
         if rows.size:
@@ -308,10 +314,15 @@ class Engine:
         slots = self._take(rows, blocks, State.RESIDENT)
         self._backend.place(move.transfer, which, rows, slots)
 
+    def _same(self, move: Move) -> np.ndarray:
+        """Which of a move's blocks [n] are of sequences that have not ended since they left."""
+        return self._generations[move.rows] == move.generations
+
     def _alive(self, move: Move, state: State) -> np.ndarray:
         """Numbers of a move's blocks that are in a state and of the sequence that they left."""
-        same = self._generations[move.rows] == move.generations
-        return np.flatnonzero(same & (self._table.state[move.rows, move.blocks] == state))
+        return np.flatnonzero(
+            self._same(move) & (self._table.state[move.rows, move.blocks] == state)
+        )
 
     def _landed(
         self, moves: list[Move], *, wait: bool

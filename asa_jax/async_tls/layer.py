@@ -77,7 +77,8 @@ class OffloadedLayer:
             [B, N, h].
 
         Raises:
-            TransferError: blocks did not arrive.
+            TransferError: blocks did not arrive. The token may be appended by then, so a step
+                cannot be repeated; the row is to be loaded anew.
         """
         self._engine.append(_tokens(key, value))
         self._index = _append(self._index, key[:, None], self._channels)

@@ -348,11 +348,25 @@ def test_what_lands_after_its_sequence_ended_changes_nothing():
     assert setup.readable(2, 3, 4)
 
 
+def test_failures_of_an_ended_sequence_are_nobodys():
+    setup = Setup()
+    setup.load(LENGTH - 1, LENGTH - 1)
+    setup.ticks = [FAILS, 10**6]
+    setup.append()
+    setup.engine.prefetch(setup.blocks(2, 3, 4))
+    setup.load(LENGTH, LENGTH)
+    setup.engine.commit()
+    setup.check()
+    assert setup.engine.counters.stalled_transfers == 0
+
+
 def test_a_full_sequence_and_a_small_pool_are_named():
     setup = Setup()
     setup.load(3, LENGTH)
     with pytest.raises(ValueError, match=f"holds {LENGTH} tokens already"):
         setup.append()
+    with pytest.raises(ValueError, match="lengths: 0, expected at least 1"):
+        setup.load(3, 0)
     with pytest.raises(ValueError, match="blocks: 4 a row, the pool is for 3"):
         setup.engine.prefetch(setup.blocks(1, 2, 3, 4))
     with pytest.raises(ValueError, match="backend: 11 slots, needs 12"):
