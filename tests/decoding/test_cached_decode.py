@@ -19,9 +19,10 @@ from tests.models import QUICK_COMPILE, random_params, tiny_model_config
 # Prompts of one batch: around the window (12), blocks (16), a chunk (32) and query groups (4).
 LENGTHS = np.array((1, 2, 3, 4, 11, 12, 13, 15, 16, 17, 31, 32, 33, 34, 35))
 NUM_STEPS = 14
-# What is appended between two runs of steps, to caches that end anywhere in blocks and groups.
+# What is appended between runs of steps, to caches that end anywhere in blocks and groups; the
+# second time they have more blocks than a list.
 APPENDED = np.array((40, 1, 17, 18, 0, 5, 34, 2, 16, 21, 3, 4, 1, 9, 14))
-TOKENS = np.random.default_rng(1).integers(64, size=(15, 83), dtype=np.int32)
+TOKENS = np.random.default_rng(1).integers(64, size=(15, 97), dtype=np.int32)
 CHUNK = 32
 
 
@@ -84,6 +85,8 @@ def _read_in_turns(cfg: ModelConfig, params: Any, cache_length: int) -> np.ndarr
         reader.read(offset, appended)
     chex.assert_trees_all_equal(reader.held, appended)
     reader.decode()
+    for offset in (16, 48, 64):
+        reader.read(offset, appended + NUM_STEPS + 5)
     return reader.hidden
 
 
