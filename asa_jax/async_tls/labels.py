@@ -1,9 +1,10 @@
 """Labels of tokens: some channels of their keys in four bits each.
 
 A label quantises r calibrated channels x of a key asymmetrically, with one scale and one zero point
-for the token and head: x = zero + scale * code, codes 0 .. 15. Zero is rounded down and scale up to
-float16, so that the codes reach from the least to the greatest channel and no channel is off by
-more than scale / 2, but for float32 rounding. Keys must lie within float16's range, +-65504.
+for the token and head: x = zero + scale * code, codes 0 .. 15. Zero is rounded down to float16, so
+that no channel lies below code 0; scale is rounded to the nearest, which moves code 15 by less than
+a hundredth of a step. So no channel is off by more than scale / 2, but for float32 rounding. Keys
+must lie within float16's range, +-65504.
 
 Byte j of a label holds channel j in its low half and channel j + r / 2 in its high half.
 """
@@ -43,9 +44,9 @@ def make_labels(key: jax.Array, channels: jax.Array) -> Labels:
         Labels over [..., K].
     """
     x = take_channels(key, channels).astype(jnp.float32)
-    zero = _round(x.min(-1), -jnp.inf)
+    zero = _round_down(x.min(-1))
     zero32 = zero.astype(jnp.float32)
-    scale = _round(jnp.maximum((x.max(-1) - zero32) / _LEVELS, _LEAST_SCALE), jnp.inf)
+    scale = jnp.maximum((x.max(-1) - zero32) / _LEVELS, _LEAST_SCALE).astype(jnp.float16)
     steps = (x - zero32[..., None]) / scale.astype(jnp.float32)[..., None]
     codes = jnp.clip(jnp.round(steps), 0, _LEVELS).astype(jnp.uint8)
     low, high = jnp.split(codes, 2, axis=-1)
@@ -85,9 +86,8 @@ def label_scores(query: jax.Array, labels: Labels) -> jax.Array:
     return scale * products + zero * query.sum(-1, dtype=jnp.float32)[..., None]
 
 
-def _round(x: jax.Array, towards: float) -> jax.Array:
-    """The nearest float16 of float32 x that does not lie on x's other side of `towards`."""
+def _round_down(x: jax.Array) -> jax.Array:
+    """The greatest float16 that is not above float32 x."""
     nearest = x.astype(jnp.float16)
-    beyond = jnp.nextafter(nearest, jnp.float16(towards))
-    passed = nearest.astype(jnp.float32) < x if towards > 0 else nearest.astype(jnp.float32) > x
-    return jnp.where(passed, beyond, nearest)
+    below = jnp.nextafter(nearest, jnp.float16(-jnp.inf))
+    return jnp.where(nearest.astype(jnp.float32) > x, below, nearest)
