@@ -19,6 +19,7 @@ from experiments.corpus.packages import VALIDATION_FRACTIONS, Package
 from experiments.corpus.readers import READERS
 
 SUFFIX = ".jsonl.zst"
+TEXT_VERSION = 1  # goes up whenever the same packages give other documents
 # Slow to write (2 MB of text a second and core) and quick to read; 12 is a fifth larger.
 COMPRESSION_LEVEL = 19
 _COPYRIGHT = re.compile(r"/copyright$|package/package\.json$")
@@ -116,6 +117,7 @@ def build_package(
 def request(package: Package, archive: Path, seed: int) -> dict[str, Any]:
     """What the files of a package follow from: equal requests give equal files."""
     return {
+        "text_version": TEXT_VERSION,
         "name": package.name,
         "part": package.part,
         "archive": archive.name,

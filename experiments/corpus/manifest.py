@@ -8,7 +8,6 @@ from asa_jax.data.shards import read_json
 from experiments.corpus.packages import PARTS
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
 
 
 class Corpus:
@@ -34,9 +33,7 @@ class Corpus:
         before = self.packages.get(record["name"], {"files": []})
         names = {file["name"] for file in record["files"]}
         self.packages[record["name"]] = record
-        write_json(
-            self._output / MANIFEST, {"format_version": FORMAT_VERSION, "packages": self.packages}
-        )
+        write_json(self._output / MANIFEST, {"packages": self.packages})
         for file in before["files"]:
             if file["name"] not in names:
                 (self._output / file["name"]).unlink(missing_ok=True)

@@ -32,7 +32,7 @@ _TRANSLATION = re.compile(rf"[/.]({_LANGUAGES})([-_.][A-Za-z]{{2,4}})?(?=[/.])")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _LINE_ENDS = re.compile(r"[ \t\r]+\n")
 _TAG = re.compile(r"<[^>]+>")
-_NAVIGATION_CHARACTERS = 40  # lines this long that come again in a manual are navigation
+_NAVIGATION_CHARACTERS = 40  # what is longer and comes again in a manual is navigation
 _SHORTEST_PAGE = 300
 
 
@@ -76,7 +76,8 @@ def _is_manual(path: str, size: int) -> bool:
 
 
 def _manual_pages(members: Iterable[Member]) -> Iterator[Page]:
-    seen: set[str] = set()
+    # Menus come as paragraphs of short lines, copyrights as long ones.
+    seen: dict[str, set[str]] = {"\n\n": set(), "\n": set()}
     # Sorted, because packages store files in no order of reading.
     for path, content in sorted(members):
         text = _without_repeats(_manual_text(path, content), seen)
@@ -96,15 +97,17 @@ def _manual_text(path: str, content: bytes) -> str:
     return _clean(text)
 
 
-def _without_repeats(text: str, seen: set[str]) -> str:
-    kept = []
-    for line in text.split("\n"):
-        if len(line) > _NAVIGATION_CHARACTERS:
-            if line in seen:
-                continue
-            seen.add(line)
-        kept.append(line)
-    return _clean("\n".join(kept))
+def _without_repeats(text: str, seen: dict[str, set[str]]) -> str:
+    for between, known in seen.items():
+        kept = []
+        for piece in text.split(between):
+            if len(piece) > _NAVIGATION_CHARACTERS:
+                if piece in known:
+                    continue
+                known.add(piece)
+            kept.append(piece)
+        text = between.join(kept)
+    return _clean(text)
 
 
 def _is_book(path: str, size: int) -> bool:

@@ -1,6 +1,7 @@
 """Compressed JSONL, Parquet row group by row group, and files of the hub."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from asa_jax.data import hub
 from asa_jax.data.prepare import parse, prepare
 from asa_jax.data.shards import open_token_folder
 from asa_jax.data.sources import find_inputs, read_documents
-from asa_jax.errors import DataError
+from asa_jax.errors import ConfigError, DataError
 
 TEXTS = [f"document {i} é " * (1 + i) for i in range(50)]
 
@@ -119,3 +120,9 @@ def test_without_a_network_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) 
         find_inputs(["hf://a/*"])
     with pytest.raises(DataError, match=r"hf://a/b\.txt: cannot be read from the hub \(no route"):
         list(read_documents("hf://a/b.txt", "text"))
+
+
+def test_without_its_package_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match=r"huggingface_hub: pip install 'asa-jax\[hub\]'"):
+        find_inputs(["hf://datasets/org/name/*.parquet"])

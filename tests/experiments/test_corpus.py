@@ -15,7 +15,7 @@ from asa_jax.data.sources import read_documents
 from asa_jax.errors import DataError
 from experiments.corpus import documents, download, make
 from experiments.corpus.__main__ import main
-from experiments.corpus.archives import read_members
+from experiments.corpus.archives import Member, read_members
 from experiments.corpus.documents import join_pages, place
 from experiments.corpus.html_text import html_to_text
 from experiments.corpus.manifest import Corpus
@@ -250,9 +250,13 @@ def test_which_files_are_text(part: str, path: str, wanted: bool) -> None:
 
 def test_navigation_is_left_out_of_manuals() -> None:
     bar = "Previous | Next | Contents | Index | About this manual"
-    members = [(f"g/{i}.txt", f"{bar}\n{prose(i, 400)}".encode()) for i in range(3)]
-    pages = list(READERS["docs"].pages(members))  # type: ignore[arg-type]
-    assert "".join(page.text for page in pages).count(bar) == 1
+    menu = "\n".join(["Home", "Menu", "About", "Documentation", "Download", "Licence", "Support"])
+    members = [
+        Member(f"g/{i}.txt", f"{bar}\n{prose(i, 400)}\n\n{menu}\n\n{i}".encode()) for i in range(3)
+    ]
+    text = "".join(page.text for page in READERS["docs"].pages(members))
+    assert text.count(bar) == text.count(menu) == 1
+    assert all(f"of page {i}." in text for i in range(3))
 
 
 def test_the_packages_are_named_once() -> None:
