@@ -24,7 +24,7 @@ from asa_jax.decoding.steps import (
     resize_state,
 )
 from asa_jax.errors import UserError
-from asa_jax.model.transformer import listed_layers
+from asa_jax.model.transformer import listed_layers, matrices_in_compute_dtype
 
 MIN_BUCKET_TOKENS = 64
 _LESS = "shorten the prompt, lower max_tokens or give fewer prompts at once"
@@ -53,7 +53,8 @@ class Runner:
         Raises:
             ConfigError: chunk_tokens are not whole blocks.
         """
-        self.cfg, self.params = listed_layers(cfg, params)
+        self.cfg, listed = listed_layers(cfg, params)
+        self.params = matrices_in_compute_dtype(self.cfg, listed)
         self.mesh = mesh
         self._vocab_size = vocab_size
         self._multiple = row_multiple(cfg.alignment, mesh.shape["context"] if mesh else 1)

@@ -16,6 +16,7 @@ from asa_jax.model.transformer import (
     count_params,
     init_params,
     listed_layers,
+    matrices_in_compute_dtype,
     shortest_period,
 )
 from pallas_kernels import dispatch
@@ -85,6 +86,17 @@ class ScanAndRematTest(parameterized.TestCase):
         self.assertEqual(listed_cfg, _config(remat="full"))
         chex.assert_trees_all_equal(listed, _params(_config()))
         self.assertIs(listed_layers(listed_cfg, listed)[1], listed)
+
+    def test_matrices_may_be_cast_before_they_are_used(self):
+        """With experts, whose router keeps float32."""
+        experts = {"num_experts": 4, "num_experts_per_token": 2, "expert_size": 8}
+        cfg = _config(compute_dtype="bfloat16")
+        cfg = dataclasses.replace(cfg, experts=dataclasses.replace(cfg.experts, **experts))
+        params = _params(cfg)
+        cast = matrices_in_compute_dtype(cfg, params)
+        self.assertEqual(_loss(cfg, cast, _batch(cfg)), _loss(cfg, params, _batch(cfg)))
+        sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (cast, params)]
+        self.assertBetween(sizes[0] / sizes[1], 0.5, 0.53)
 
     def test_rematerialisation_keeps_less(self):
         """What the backward pass holds: everything, matmul results, layer inputs."""
