@@ -34,6 +34,7 @@ _LINE_ENDS = re.compile(r"[ \t\r]+\n")
 _TAG = re.compile(r"<[^>]+>")
 _NAVIGATION_CHARACTERS = 40  # what is longer and comes again in a manual is navigation
 _SHORTEST_PAGE = 300
+_WHOLE_BOOK = "/data/data.txt"
 
 
 class Page(NamedTuple):
@@ -117,7 +118,10 @@ def _is_book(path: str, size: int) -> bool:
 
 
 def _book_pages(members: Iterable[Member]) -> Iterator[Page]:
-    for path, content in sorted(members):
+    found = sorted(members)
+    # Beside its chapters one package has the whole book: read twice, one copy could be held out.
+    whole = [member for member in found if member.path.endswith(_WHOLE_BOOK)]
+    for path, content in whole or found:
         text = _decode(content)
         if path.endswith(".json"):
             text = "\n".join(_json_lines(json.loads(text), ()))

@@ -67,7 +67,7 @@ BOOK = {
     "package/europe/aa.json": json.dumps(
         {"Geography": {"Area": {"text": "<b>5</b> km"}, "Note": {"text": prose(1)}}}
     ).encode(),
-    "package/data/data.txt": prose(2, 9_000).encode(),
+    "package/data/1790.txt": prose(2, 9_000).encode(),
 }
 KERNEL_PACKAGE = Package("kernel", "code", "apt", shards=3)
 GUIDE_PACKAGE = Package("guide", "docs", "apt")
@@ -257,6 +257,13 @@ def test_navigation_is_left_out_of_manuals() -> None:
     text = "".join(page.text for page in READERS["docs"].pages(members))
     assert text.count(bar) == text.count(menu) == 1
     assert all(f"of page {i}." in text for i in range(3))
+
+
+def test_a_book_beside_its_chapters_is_read_once() -> None:
+    chapters = [Member(f"package/data/chapter_{i}.txt", prose(i).encode()) for i in range(2)]
+    book = Member("package/data/data.txt", "\n".join(map(prose, range(2))).encode())
+    pages = READERS["books"].pages([*chapters, book])
+    assert [page.text for page in pages] == [book.content.decode()]
 
 
 def test_the_packages_are_named_once() -> None:
