@@ -121,8 +121,8 @@ class RunLog:
         values = self._goodput.values()
         run = datetime.timedelta(seconds=round(values["run_seconds"]))
         self.print(
-            f"goodput: {values['goodput']:.1%} of the time since this process started, "
-            f"{values['run_goodput']:.1%} of the {run} since the run did went into training steps"
+            f"goodput: {values['run_goodput']:.1%} of the {run} since the run began went into "
+            f"training steps, {values['goodput']:.1%} since this process began"
         )
 
     def print(self, line: str) -> None:
