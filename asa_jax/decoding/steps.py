@@ -180,11 +180,12 @@ def draw_tokens(
         ended = state.ended | (tokens == draws.end)
         hidden, cache = model.decode(tokens, state.lengths, state.cache)
         # A row that has ended stays where it is: what is written behind its end is written over.
+        rows, new = jnp.arange(tokens.size), jnp.where(ended, state.seen.shape[1], tokens)
         state = DecodeState(
             hidden=jnp.where(ended[:, None], state.hidden, hidden),
             lengths=jnp.where(ended, state.lengths, state.lengths + 1),
             ended=ended,
-            seen=state.seen.at[jnp.arange(tokens.size), tokens].set(True),
+            seen=state.seen.at[rows, new].set(True, mode="drop"),
             cache=cache,
         )
         return _by_rows(state, cfg), _append(drawn, tokens, logits)

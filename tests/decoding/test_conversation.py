@@ -1,5 +1,6 @@
 """Conversations: turns against the whole text at once, interrupts, stop strings, cache files."""
 
+import copy
 import dataclasses
 import functools
 import signal
@@ -72,6 +73,22 @@ def test_turns_are_as_the_whole_text_read_at_once(generator):
         assert conversation.tokens == text
         assert answer == TOKENIZER.decode(want)
     assert len(text) > 128 + 64
+
+
+def test_the_token_that_ends_an_answer_is_not_among_those_that_the_text_has(generator, tmp_path):
+    conversation = Conversation(generator)
+    _answer(conversation, TURNS[0])
+    drawn = conversation.tokens[len(TURNS[0]) :]
+    end = next(token for token in drawn[1:] if token not in (*TURNS[0].encode(), drawn[0]))
+    ending = copy.copy(generator)
+    ending.tokenizer = ByteTokenizer()
+    ending.tokenizer.end_of_document_id = end
+    conversation = Conversation(ending)
+    _answer(conversation, TURNS[0])
+    assert conversation.tokens[len(TURNS[0]) :] == drawn[: drawn.index(end)]
+    conversation.save(tmp_path / "cache")
+    (seen,) = safetensors.numpy.load_file(tmp_path / "cache")["seen"]
+    assert np.flatnonzero(seen).tolist() == sorted(set(conversation.tokens))
 
 
 def test_answer_that_is_not_taken_to_its_end_stays_as_far_as_it_was_drawn(generator):
