@@ -88,10 +88,11 @@ def chat(conversation: Conversation, options: Options) -> None:
             print("> ", end="", file=sys.stderr, flush=True)
         try:
             line = input()
+            line.encode()  # in a C locale bytes that are no text come as surrogates
         except EOFError:
             return
-        except UnicodeDecodeError as error:
-            raise DataError(f"stdin: byte {error.start} of a line is not UTF-8") from None
+        except UnicodeError:
+            raise DataError("stdin: a line is not UTF-8") from None
         try:
             start = "" if conversation.at_line_start else "\n"
             answer(conversation, f"{start}{line}\n", options)

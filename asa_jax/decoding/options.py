@@ -9,6 +9,7 @@ from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.decoding.prompts import Prompt, read_prompt, read_prompts
 from asa_jax.decoding.settings import (
     CHUNK_TOKENS,
+    MAX_ALTERNATIVES,
     Sampling,
     check_chunk_tokens,
     check_length,
@@ -78,7 +79,7 @@ def parse_options() -> Options:
         given.temperature, given.top_k, given.top_p, given.min_p, given.repetition_penalty
     ).checked()
     least_tokens = 1 if given.save_cache is None else 0
-    check_request(given.max_tokens, [given.seed], stop, given.log_probabilities or 0, least_tokens)
+    check_request(given.max_tokens, [given.seed], stop, least_tokens=least_tokens)
     prompts = _path(given.prompts_file)
     prompt = _prompt(given.prompt, _path(given.prompt_file))
     save_cache = _output("save_cache", given.save_cache)
@@ -123,8 +124,9 @@ def _define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "of the draws: the same seed, the same text")
     flags.DEFINE_integer("batch_size", 8, "prompts of a file at a time", lower_bound=1)
     flags.DEFINE_integer(
-        "log_probabilities", None, "give those of tokens, and of this many likely alternatives"
-    )
+        "log_probabilities", None, "give those of tokens, and of this many likely alternatives",
+        lower_bound=0, upper_bound=MAX_ALTERNATIVES,
+    )  # fmt: skip
     flags.DEFINE_integer("chunk_tokens", CHUNK_TOKENS, "most tokens to read at a time")
 
 

@@ -8,6 +8,8 @@ from asa_jax.errors import ConfigError
 
 MAX_SEED = 2**32 - 1
 MAX_ALTERNATIVES = 20
+# Settings become float32, where what is far beyond these is 0 or infinite and makes logits NaN.
+SMALLEST, LARGEST = 1e-30, 1e30
 # Tokens of a prompt that are read at a time: enough to fill a device, few enough that what they
 # need is little beside the caches of a long prompt.
 CHUNK_TOKENS = 4096
@@ -37,15 +39,20 @@ class Sampling(NamedTuple):
         Raises:
             ConfigError: a field is out of range.
         """
-        finite = 0 <= self.temperature < float("inf")
-        _require(finite, "temperature", self.temperature, "at least 0 (0: greedy)")
+        temperature, penalty = self.temperature, self.repetition_penalty
+        _require(
+            temperature == 0 or SMALLEST <= temperature <= LARGEST, "temperature", temperature,
+            f"0 (greedy) or from {SMALLEST:g} to {LARGEST:g}",
+        )  # fmt: skip
         _require(0 <= self.top_k < 2**31, "top_k", self.top_k, "at least 0 (0: all tokens)")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(SMALLEST <= self.top_p <= 1, "top_p", self.top_p, f"from {SMALLEST:g} to 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
-        penalty = self.repetition_penalty
-        _require(0 < penalty < float("inf"), "repetition_penalty", penalty, "above 0 (1: none)")
+        _require(
+            SMALLEST <= penalty <= LARGEST, "repetition_penalty", penalty,
+            f"from {SMALLEST:g} to {LARGEST:g} (1: none)",
+        )  # fmt: skip
         return Sampling(
-            float(self.temperature), int(self.top_k), float(self.top_p), float(self.min_p),
+            float(temperature), int(self.top_k), float(self.top_p), float(self.min_p),
             float(penalty),
         )  # fmt: skip
 

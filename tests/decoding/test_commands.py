@@ -94,11 +94,12 @@ def test_closed_pipe_is_no_error_to_tell(start_generate, workdir):
         ([], "--prompt: give one of --prompt, --prompt_file, --prompts_file, --chat"),
         (["--prompt=", "--chat"], "--prompt: give one of --prompt, --prompt_file"),
         ([b"--prompt=a\xff"], "--prompt: character 1 is not UTF-8"),
-        (["--prompt=a", "--temperature=-1"], "temperature = -1.0: must be at least 0"),
-        (["--prompt=a", "--top_p=1.5"], "top_p = 1.5: must be above 0 and at most 1"),
+        (["--prompt=a", "--temperature=-1"], "temperature = -1.0: must be 0 (greedy)"),
+        (["--prompt=a", "--top_p=1.5"], "top_p = 1.5: must be from 1e-30 to 1"),
         (["--prompt=a", "--top_k=-1"], "top_k = -1: must be at least 0"),
         (["--chat", "--min_p=2"], "min_p = 2.0: must be from 0 to 1"),
         (["--chat", "--stop="], "stop = '': must be at least a character"),
+        (["--prompts_file=a", "--log_probabilities=21"], "--log_probabilities=21"),
         (["--chat", "--log_probabilities=0"], "--log_probabilities: are given with the results of"),
         (["--chat", "--chunk_tokens=24"], "chunk_tokens = 24: must be a positive multiple of 16"),
         (["--chat", "--save_cache=/none/c"], "--save_cache=/none/c: must name a file in a folder"),
@@ -142,6 +143,14 @@ def test_chat_goes_on_from_a_saved_cache(options, workdir, tmp_path, monkeypatch
     assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers)
     loaded = Conversation.load(Generator(config, params, ByteTokenizer()), again)
     assert loaded.tokens == want.tokens
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the latter in a C locale
+def test_line_of_a_chat_that_is_no_text(options, monkeypatch, errors):
+    stdin = io.TextIOWrapper(io.BytesIO(b"ab\xff\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", stdin)
+    with pytest.raises(DataError, match="stdin: a line is not UTF-8"):
+        generate.main(options)
 
 
 def test_interrupt_ends_an_answer_and_not_the_chat(options, monkeypatch, capsys):

@@ -96,10 +96,25 @@ class SamplingTest(parameterized.TestCase):
         self.assertEqual(_kept(logits, 2, 1.0), [{3, 4}])
         self.assertNotIn(1, _draw(Sampling(5.0), logits))
 
+    def test_the_least_and_the_most_that_settings_may_be(self):
+        rows = jnp.array([[0.0, 60.0, -60.0, 20.0, -jnp.inf]])
+        for least in (Sampling(1e-30), Sampling(top_p=1e-30), Sampling(min_p=1.0)):
+            self.assertEqual(set(_draw(least, rows).tolist()), {1})
+        self.assertEqual(set(_draw(Sampling(1e30), rows).tolist()), {0, 1, 2, 3})
+        # Tokens 0 and 1 are seen.
+        self.assertEqual(set(_draw(Sampling(0, repetition_penalty=1e30), rows).tolist()), {3})
+        self.assertEqual(set(_draw(Sampling(0, repetition_penalty=1e-30), rows).tolist()), {1})
+
     @parameterized.parameters(
         ({"temperature": -0.1}, "temperature = -0.1"),
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"temperature": float("inf")}, "temperature = inf"),
+        # Infinite or 0 in float32.
+        ({"temperature": 1e39}, "temperature = 1e"),
+        ({"temperature": 1e-46}, "temperature = 1e-46"),
+        ({"top_p": 1e-46}, "top_p = 1e-46"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty = 1e"),
+        ({"repetition_penalty": 1e-46}, "repetition_penalty = 1e-46"),
         ({"top_k": -1}, "top_k = -1"),
         ({"top_p": 0.0}, "top_p = 0.0"),
         ({"top_p": 1.01}, "top_p = 1.01"),
