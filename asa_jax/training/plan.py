@@ -173,6 +173,8 @@ def main(config: Config, devices: int, kind: str, output: str | None) -> None:
     """Prints the plan, and writes it where asked to."""
     if output is not None and not Path(output).parent.is_dir():
         raise ConfigError(f"--json={output}: {Path(output).parent} is not a directory")
+    if output is not None and Path(output).is_dir():
+        raise ConfigError(f"--json={output}: is a directory; name a file")
     plan = make_plan(config, devices, kind)
     print(table(plan))
     if output is not None:

@@ -20,6 +20,7 @@ from asa_jax.model.transformer import abstract_model, shortest_period
 from asa_jax.sharding import MESH_AXES
 
 DIVIDED = {"vocab", "heads", "kv_heads", "mlp"}  # by tensor
+_SCATTERED = "gradients, divided by fsdp"
 
 
 class Planned(NamedTuple):
@@ -86,9 +87,9 @@ def _weights(step: _Step) -> Iterator[Planned]:
     yield Planned("all-gather", ("fsdp",), step.again * layers + embedding, "weights")
     if fsdp == 1:
         every = layers + embedding + whole
-        yield Planned("reduce", ("data", "context"), every, "gradients")
+        yield Planned("reduce", ("data", "context"), every, "gradients, whole on every device")
         return
-    yield Planned("reduce", ("fsdp",), layers + embedding, "gradients")
+    yield Planned("reduce", ("fsdp",), layers + embedding, _SCATTERED)
     part = (layers + embedding) / fsdp
     yield Planned("reduce", ("data", "context"), part, "gradients, each its part of fsdp")
     every_axis = ("data", "fsdp", "context")
@@ -221,7 +222,7 @@ def link_bytes(each: Planned, mesh: Mapping[str, int], host: int) -> dict[str, f
     if each.op == "collective-permute":
         return {"nvlink": 0.0 if hosts > 1 else each.bytes, "network": each.bytes * (hosts > 1)}
     # A gradient that stays divided is scattered; one that every device needs comes back too.
-    ways = 2 if each.op == "reduce" and each.what != "gradients" else 1
+    ways = 2 if each.op == "reduce" and each.what != _SCATTERED else 1
     return {
         "nvlink": ways * each.bytes * (inside - 1) / inside,
         "network": ways * each.bytes * (hosts - 1) / hosts / inside,

@@ -12,7 +12,7 @@ from asa_jax.errors import ConfigError
 from asa_jax.flags import PROJECT
 from asa_jax.sharding import make_mesh
 from asa_jax.training.compile_time import lower_step
-from asa_jax.training.plan import make_plan, table
+from asa_jax.training.plan import main, make_plan, table
 from asa_jax.training.plan_memory import memory_by_cause, peak
 from asa_jax.training.plan_share import trace_share
 from asa_jax.training.step import make_trainer
@@ -105,3 +105,8 @@ def test_the_command_plans_for_devices_that_are_not_here(tmp_path):
 def test_what_cannot_be_planned_is_one_line(fields, kind, message):
     with pytest.raises(ConfigError, match=message):
         make_plan(config_of(**fields), 4, kind)
+
+
+def test_a_folder_cannot_take_the_numbers(tmp_path):
+    with pytest.raises(ConfigError, match=f"--json={tmp_path}: is a directory"):
+        main(config_of(), 1, "H100", str(tmp_path))

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from asa_jax.training.plan_collectives import Planned, link_bytes
+from asa_jax.config import config_from_dict
+from asa_jax.training.plan_collectives import Planned, link_bytes, planned_collectives
+from configs import asa_340m
 from tests.simulated_devices import run_on_eight_devices
 
 SCRIPT = Path(__file__).parent / "plan_steps.py"
@@ -18,6 +20,17 @@ def test_the_compiled_step_moves_what_the_plan_says():
             assert compiled.pop(kind) == pytest.approx(size, rel=0.02), (step, kind)
         # What is left: a resharding here and there, and single numbers.
         assert sum(compiled.values()) < 0.02 * sum(planned.values()), (step, compiled)
+
+
+def test_a_gradient_that_every_device_needs_goes_there_and_back():
+    """Summed over `data` it is held whole, over `fsdp` divided."""
+    config = config_from_dict(asa_340m.get_config().to_dict())
+    for axis, ways in (("data", 2), ("fsdp", 1)):
+        mesh = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, axis: 8}
+        found = planned_collectives(config, mesh)
+        reduce = max((each for each in found if each.op == "reduce"), key=lambda each: each.bytes)
+        assert reduce.axes == (axis,)
+        assert link_bytes(reduce, mesh, 8)["nvlink"] == pytest.approx(ways * reduce.bytes * 7 / 8)
 
 
 def test_links_by_hand():
