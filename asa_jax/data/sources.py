@@ -177,13 +177,23 @@ def _read_parquet(file: BinaryIO, name: str, text_field: str) -> Iterator[Docume
         if text_field not in table.schema_arrow.names:
             raise DataError(f"{name}: {_missing_field(text_field, table.schema_arrow.names)}")
         rows = max(1, table.metadata.num_rows)
-        for row, value in enumerate(_parquet_values(table, text_field), start=1):
-            text = _checked_text(value, f"{name} row {row}", text_field)
-            yield Document(text, size * row // rows)
+        for row, scalar in enumerate(_parquet_values(table, text_field), start=1):
+            where = f"{name} row {row}"
+            yield Document(_parquet_text(scalar, where, text_field), size * row // rows)
 
 
-def _parquet_values(table: pa.parquet.ParquetFile, column: str) -> Iterator[object]:
+def _parquet_text(scalar: pa.Scalar, where: str, text_field: str) -> str:
+    try:
+        value = scalar.as_py()
+    except UnicodeDecodeError as error:  # Parquet's text is not checked when it is written
+        raise DataError(
+            f"{where}: invalid UTF-8 at byte {error.start}; convert the text to UTF-8"
+        ) from None
+    return _checked_text(value, where, text_field)
+
+
+def _parquet_values(table: pa.parquet.ParquetFile, column: str) -> Iterator[pa.Scalar]:
     # Row group by row group: no more than one of them, of one column, is in memory.
     for group in range(table.num_row_groups):
         for batch in table.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[column]):
-            yield from batch.column(0).to_pylist()
+            yield from batch.column(0)

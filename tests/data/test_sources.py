@@ -44,6 +44,13 @@ def test_a_cut_zstd_file_is_named(tmp_path: Path) -> None:
         list(read_documents(path, "text"))
 
 
+def test_parquet_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    text = pa.array([b"good", b"caf\xe9"], pa.binary()).view(pa.string())
+    pyarrow.parquet.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet row 2: invalid UTF-8 at byte 3"):
+        list(read_documents(tmp_path / "a.parquet", "text"))
+
+
 def test_parquet_is_held_a_row_group_at_a_time(tmp_path: Path) -> None:
     """The layout of FineWeb-Edu: other columns beside the text, a thousand rows a group."""
     letters = [f"{i:06d} " * 5000 for i in range(320)]
