@@ -123,10 +123,12 @@ class Engine:
         Raises:
             TransferError: the blocks that are always kept cannot be brought to the device; all
                 sequences are empty then.
-            ValueError: a sequence has no token.
+            ValueError: a sequence has no token, or more than are given.
         """
         if np.min(lengths) < 1:
             raise ValueError(f"lengths: {np.min(lengths)}, expected at least 1 token a sequence")
+        if np.max(lengths) > tokens.shape[1]:
+            raise ValueError(f"lengths: {np.max(lengths)}, but tokens holds {tokens.shape[1]}")
         self.reset(np.arange(len(self.lengths)))
         self.lengths[:] = lengths
         rows = np.arange(len(self._table.state))

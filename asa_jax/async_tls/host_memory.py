@@ -54,6 +54,9 @@ def system_available_bytes() -> int:
     try:
         limit = int((_CGROUP / "memory.max").read_text())  # "max" where there is no limit
         used = int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):
+        causes = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        # Files that were read stay in memory until somebody needs it, and count as used till then.
+        used -= int(causes["active_file"]) + int(causes["inactive_file"])
+    except (OSError, ValueError, KeyError):
         return available
     return min(available, limit - used)

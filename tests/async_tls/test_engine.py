@@ -8,6 +8,7 @@ import pytest
 from hypothesis import stateful
 from hypothesis import strategies as st
 
+from asa_jax.async_tls import host_memory
 from asa_jax.async_tls.engine import Engine, slots_for
 from asa_jax.async_tls.host_memory import HostMemoryError, allocate_host, system_available_bytes
 from asa_jax.async_tls.settings import AsyncTLSConfig
@@ -367,6 +368,8 @@ def test_a_full_sequence_and_a_small_pool_are_named():
         setup.append()
     with pytest.raises(ValueError, match="lengths: 0, expected at least 1"):
         setup.load(3, 0)
+    with pytest.raises(ValueError, match=f"lengths: {LENGTH + 1}, but tokens holds {LENGTH}"):
+        setup.load(3, LENGTH + 1)
     with pytest.raises(ValueError, match="blocks: 4 a row, the pool is for 3"):
         setup.engine.prefetch(setup.blocks(1, 2, 3, 4))
     with pytest.raises(ValueError, match="backend: 11 slots, needs 12"):
@@ -383,3 +386,11 @@ def test_a_cache_that_the_host_has_no_room_for_is_refused_with_its_bytes():
         allocate_host((2**60,), np.uint8, available_bytes=2**61)  # the system itself refuses
     assert 2**20 < system_available_bytes() < 2**50
     assert dataclasses.asdict(Setup().engine.counters)["to_device_bytes"] == 0
+
+
+def test_files_that_the_system_keeps_in_memory_count_as_free(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("10000\n")
+    (tmp_path / "memory.current").write_text("9000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000\nactive_file 3000\ninactive_file 4000\n")
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    assert system_available_bytes() == 8000
