@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if unknown := sorted(set(options.parts) - set(PARTS)):
             raise ConfigError(f"--parts {unknown[0]!r}: must be of {', '.join(PARTS)}")
+        if options.workers < 1:
+            raise ConfigError(f"--workers {options.workers}: must be positive")
         packages = [package for package in PACKAGES if package.part in options.parts]
         archives = options.output / "packages"
         corpus = build_corpus(packages, options.output, archives, options.seed, options.workers)

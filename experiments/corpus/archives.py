@@ -5,10 +5,13 @@ of 60 bytes with its name in the first 16 and its size in decimal from byte 48. 
 `data.tar.*`, holds the files. An npm .tgz is a compressed tar.
 """
 
+import gzip
+import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from asa_jax.errors import DataError
 
@@ -43,10 +46,12 @@ def read_members(
         with open(path, "rb") as file:
             if path.suffix == ".deb":
                 _seek_data(file, path)
-            for member in _read_tar(file, wanted):
+            # Unlike tarfile's own, this gzip says where an archive is cut off between two files.
+            tar = gzip.GzipFile(fileobj=file) if path.suffix == ".tgz" else file
+            for member in _read_tar(tar, wanted):
                 report(file.tell())
                 yield member
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete it to fetch it again") from None
 
 
@@ -54,14 +59,16 @@ def _seek_data(file: BinaryIO, path: Path) -> None:
     if file.read(len(_AR_MAGIC)) != _AR_MAGIC:
         raise DataError(f"{path}: not a .deb; delete it to fetch it again")
     while len(header := file.read(_AR_HEADER_BYTES)) == _AR_HEADER_BYTES:
-        if header.startswith(b"data.tar"):
-            return
         size = int(header[48:58])
+        if header.startswith(b"data.tar"):
+            if file.tell() + size > os.fstat(file.fileno()).st_size:
+                raise DataError(f"{path}: is cut off; delete it to fetch it again")
+            return
         file.seek(size + size % 2, 1)
     raise DataError(f"{path}: holds no data.tar; delete it to fetch it again")
 
 
-def _read_tar(file: BinaryIO, wanted: Callable[[str, int], bool]) -> Iterator[Member]:
+def _read_tar(file: Any, wanted: Callable[[str, int], bool]) -> Iterator[Member]:
     with tarfile.open(fileobj=file, mode="r|*") as tar:
         for info in tar:
             name = info.name.removeprefix("./")
@@ -71,6 +78,6 @@ def _read_tar(file: BinaryIO, wanted: Callable[[str, int], bool]) -> Iterator[Me
             content = tar.extractfile(info)
             assert content is not None  # a plain file has content
             if enter:
-                yield from _read_tar(content, wanted)  # type: ignore[arg-type]
+                yield from _read_tar(content, wanted)
             else:
                 yield Member(name, content.read())

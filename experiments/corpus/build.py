@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from asa_jax.data.shard_writer import PARTIAL, file_sha256, whole_file
+from asa_jax.errors import DataError
 from experiments.corpus.archives import Member, read_members
 from experiments.corpus.documents import LongDocument, join_pages, place
 from experiments.corpus.packages import VALIDATION_FRACTIONS, Package
@@ -80,7 +81,7 @@ def build_package(
         The record of the package in the manifest.
 
     Raises:
-        DataError: the archive is damaged.
+        DataError: the archive or a file in it is damaged.
         OSError: the disk is full.
     """
     reader = READERS[package.part]
@@ -94,7 +95,10 @@ def build_package(
     members = read_members(archive, wanted, lambda position: report(position // 2))
     documents = join_pages(reader.pages(licence.watch(members)))
     with contextlib.ExitStack() as stack:
-        files = _write_plain(package, documents, output, seed, stack)
+        try:
+            files = _write_plain(package, documents, output, seed, stack)
+        except ValueError as error:  # of JSON, or half a surrogate pair in it
+            raise DataError(f"{archive}: holds a file that cannot be read ({error})") from None
         done = [size // 2]
 
         def compress(file: _File) -> dict[str, Any]:

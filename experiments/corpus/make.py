@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def build_corpus(
         The finished corpus.
 
     Raises:
-        DataError: no package could be had, or one is damaged.
+        DataError: no package could be had, one is damaged, or a process was killed.
     """
     with locked(output):
         for partial in output.glob(f"*/*{PARTIAL}"):
@@ -83,8 +84,18 @@ def _build_all(
         while pending:
             done, pending = wait(pending, timeout=1, return_when="FIRST_COMPLETED")
             for future in done:
-                corpus.add(future.result())
+                corpus.add(_record(future))
             report(sum(counts[:]), len(corpus.packages))
+
+
+def _record(future: Future[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a process was killed, perhaps for want of memory; run the same command again with "
+            "fewer --workers to go on"
+        ) from None
 
 
 _counts: Any = None  # of a worker process: bytes done of each package

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -16,6 +18,7 @@ from asa_jax.errors import DataError
 from experiments.corpus import documents, download, make
 from experiments.corpus.__main__ import main
 from experiments.corpus.archives import Member, read_members
+from experiments.corpus.build import build_package
 from experiments.corpus.documents import join_pages, place
 from experiments.corpus.html_text import html_to_text
 from experiments.corpus.manifest import Corpus
@@ -191,6 +194,48 @@ def test_a_damaged_archive_is_named(tmp_path: Path, cut: int) -> None:
         list(read_members(path, lambda name, size: True))
 
 
+def test_an_archive_cut_off_anywhere_is_noticed(tmp_path: Path) -> None:
+    paths = [deb(tmp_path / "guide_2.0_all.deb", MANUAL), tmp_path / "some-book-1.0.0.tgz"]
+    paths[1].write_bytes(tar(BOOK, "gz"))
+    for path in paths:
+        whole = path.read_bytes()
+        files = len(list(read_members(path, lambda name, size: True)))
+        for cut in range(0, len(whole), 7):
+            path.write_bytes(whole[:cut])
+            try:
+                assert len(list(read_members(path, lambda name, size: True))) == files
+            except DataError as error:
+                assert "delete it to fetch it again" in str(error)
+
+
+def test_a_size_that_is_no_number_is_named(tmp_path: Path) -> None:
+    path = deb(tmp_path / "guide_2.0_all.deb", MANUAL)
+    path.write_bytes(path.read_bytes()[:56] + b"?" + path.read_bytes()[57:])
+    with pytest.raises(DataError, match=r"guide_2\.0_all\.deb: cannot be read"):
+        list(read_members(path, lambda name, size: True))
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"a": "\\ud800"}'])
+def test_a_damaged_file_of_a_package_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "some-book-1.0.0.tgz"
+    path.write_bytes(tar(BOOK | {"package/europe/aa.json": content}, "gz"))
+    with pytest.raises(DataError, match=r"some-book-1\.0\.0\.tgz: holds a file that cannot"):
+        build_package(BOOK_PACKAGE, path, tmp_path / "corpus", 0, lambda done: None)
+    assert not list(tmp_path.glob("corpus/*/*"))
+
+
+def _killed(*arguments: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_one_line(
+    tmp_path: Path, archives: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make, "_build_counted", _killed)
+    with pytest.raises(DataError, match=r"a process was killed, .* fewer --workers"):
+        make.build_corpus([GUIDE_PACKAGE], tmp_path / "corpus", archives, seed=0, workers=1)
+
+
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 400)), max_size=30))
 def test_documents_hold_every_page_within_the_limits(pages: list[tuple[str, int]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -277,5 +322,9 @@ def test_wrong_flags_end_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixtu
         main(["--output", str(tmp_path), "--parts", "code,novels"])
     assert caught.value.code == 2
     assert "--parts 'novels': must be of code, docs, books" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["--output", str(tmp_path), "--workers", "0"])
+    assert caught.value.code == 2
+    assert "--workers 0: must be positive" in capsys.readouterr().err
     command = [sys.executable, "-m", "experiments.corpus", "--typo"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60).returncode == 2
