@@ -55,8 +55,9 @@ def write_cache_file(path: Path, saved: SavedRow, runner: Runner, tokenizer: str
         safetensors.numpy.save_file(arrays, partial, metadata=metadata)
         partial.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error})") from None
+    finally:  # after an interrupt too
+        partial.unlink(missing_ok=True)
 
 
 def read_cache_file(path: Path, runner: Runner, tokenizer: str) -> SavedRow:

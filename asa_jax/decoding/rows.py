@@ -84,7 +84,8 @@ class Rows:
         """The only row, on the host."""
         (tokens,) = self.tokens
         state = self._runner.resize(self._state, saved_length(self._runner, tokens))
-        return SavedRow(list(tokens), named_arrays(self._runner.fetch(state)), self.cache_length)
+        row = jax.tree.map(lambda array: array[:1], self._runner.fetch(state))
+        return SavedRow(list(tokens), named_arrays(row), self.cache_length)
 
     def read(self, new: Sequence[Sequence[int]], progress: Progress | None = None) -> None:
         """Appends tokens to each row, chunk by chunk; their rows together fit into the caches.

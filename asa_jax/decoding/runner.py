@@ -120,14 +120,15 @@ class Runner:
             return read_chunk(self.params, state, tokens, np.int32(offset), lengths, cfg=self.cfg)
 
     def resize(self, state: DecodeState, cache_length: int) -> DecodeState:
-        """The same rows with caches of another length.
+        """The same rows, filled up to what the mesh divides, with caches of another length.
 
         Raises:
             UserError: the new caches do not fit into memory beside the old ones.
         """
-        self._check_memory(state.lengths.size, cache_length)
+        num_rows = self.num_rows(state.lengths.size)
+        self._check_memory(num_rows, cache_length)
         with self._devices():
-            return resize_state(state, cfg=self.cfg, cache_length=cache_length)
+            return resize_state(state, cfg=self.cfg, num_rows=num_rows, cache_length=cache_length)
 
     def draw(
         self, state: DecodeState, draws: Draws, num_steps: int, *, size: int, num_alternatives: int

@@ -82,16 +82,17 @@ def empty_state(*, cfg: ModelConfig, num_rows: int, cache_length: int) -> Decode
     return _by_rows(state, cfg)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "cache_length"))
-def resize_state(state: DecodeState, *, cfg: ModelConfig, cache_length: int) -> DecodeState:
-    """The same rows, whose tokens all fit, with caches for `cache_length` tokens of each."""
+@functools.partial(jax.jit, static_argnames=("cfg", "num_rows", "cache_length"))
+def resize_state(
+    state: DecodeState, *, cfg: ModelConfig, num_rows: int, cache_length: int
+) -> DecodeState:
+    """The same rows, whose tokens all fit, with caches for `cache_length` tokens of `num_rows`."""
 
     def fit(old: jax.Array, empty: jax.Array) -> jax.Array:
         # Token p of a ring lies in slot p, until there are more tokens than slots of a full ring.
         common = tuple(map(slice, map(min, old.shape, empty.shape)))
         return empty.at[common].set(old[common])
 
-    num_rows = state.lengths.size
     empty = empty_state(cfg=cfg, num_rows=num_rows, cache_length=cache_length)
     return _by_rows(jax.tree.map(fit, state, empty), cfg)
 

@@ -169,6 +169,31 @@ def test_a_saved_cache_goes_on_bit_for_bit(generator, conversation, tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
+def test_a_cache_is_saved_without_the_rows_that_a_mesh_needs(generator, tmp_path):
+    padding = copy.copy(generator)
+    padding.runner = copy.copy(generator.runner)
+    padding.runner.num_rows = lambda num_texts: -(-num_texts // 2) * 2
+    conversation = Conversation(padding)
+    _answer(conversation, "It is")
+    conversation.save(tmp_path / "cache")
+    loaded = Conversation.load(padding, tmp_path / "cache")
+    assert _answer(loaded, "of", seed=1) == _answer(conversation, "of", seed=1)
+    assert Conversation.load(generator, tmp_path / "cache").tokens == loaded.tokens[:-20]
+
+
+def test_interrupt_while_saving_leaves_no_file(conversation, tmp_path, monkeypatch):
+    save = safetensors.numpy.save_file
+
+    def interrupted(*args, **kwargs):
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.save(tmp_path / "cache")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_cache_files_that_cannot_be_used(make_config, generator, conversation, tmp_path):
     path = tmp_path / "cache"
     conversation.save(path)
