@@ -163,6 +163,10 @@ def _path(path: str | None) -> Path | None:
 
 def _output(flag: str, path: str | None) -> Path | None:
     file = _path(path)
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+    if file is None:
+        return None
+    # The file is replaced whole, which must not happen to a device such as /dev/null.
+    other = file.exists() and not file.is_file()
+    if other or not file.absolute().parent.is_dir():
         raise ConfigError(f"--{flag}={path}: must name a file in a folder that exists")
     return file

@@ -103,6 +103,7 @@ def test_closed_pipe_is_no_error_to_tell(start_generate, workdir):
         (["--chat", "--log_probabilities=0"], "--log_probabilities: are given with the results of"),
         (["--chat", "--chunk_tokens=24"], "chunk_tokens = 24: must be a positive multiple of 16"),
         (["--chat", "--save_cache=/none/c"], "--save_cache=/none/c: must name a file in a folder"),
+        (["--chat", "--save_cache=/dev/null"], "--save_cache=/dev/null: must name a file in a"),
         (
             ["--prompts_file=a", "--load_cache=b"],
             "--load_cache: holds one text, --prompts_file",
