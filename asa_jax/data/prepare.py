@@ -66,6 +66,8 @@ def _request(options: argparse.Namespace, tokenizer: Tokenizer) -> Request:
         raise ConfigError(f"--validation-fraction {options.validation_fraction}: must be in [0, 1)")
     if options.shard_tokens < 1:
         raise ConfigError(f"--shard-tokens {options.shard_tokens}: must be positive")
+    if options.workers is not None and options.workers < 1:
+        raise ConfigError(f"--workers {options.workers}: must be positive")
     validation = find_inputs(options.validation_input)
     splits = dict.fromkeys(validation, "validation")
     for file in find_inputs(options.input):

@@ -12,6 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from asa_jax.data.shard_writer import whole_file
 from asa_jax.data.sources import find_inputs, read_documents
 from asa_jax.errors import ConfigError, DataError, UserError
 
@@ -68,8 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     learned = tokenizer.get_vocab_size()
     if learned < options.vocab_size:
         raise DataError(f"the text gives only {learned} tokens: add text or lower --vocab-size")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(options.output), pretty=False)
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(options.output) as file:
+            file.write(tokenizer.to_str().encode())
+    except OSError as error:
+        raise DataError(f"{options.output}: cannot be written ({error.strerror})") from None
     print(f"{options.output}: {learned} tokens")
 
 

@@ -326,6 +326,8 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
         run(tmp_path / "out", source, validation_fraction=1.5)
     with pytest.raises(ConfigError, match="--shard-tokens 0: must be positive"):
         run(tmp_path / "out", source, shard_tokens=0)
+    with pytest.raises(ConfigError, match="--workers -1: must be positive"):
+        run(tmp_path / "out", source, workers=-1)
 
 
 def test_the_command_prints_one_line_and_exits_with_a_code(tmp_path: Path) -> None:

@@ -137,6 +137,14 @@ def test_training_asks_for_enough_text_and_room(tmp_path: Path) -> None:
         train_tokenizer.main([*arguments, "--vocab-size", "256"])
 
 
+def test_a_tokenizer_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ab")
+    arguments = ["--input", str(tmp_path / "a.txt"), "--vocab-size", "258", "--output"]
+    for output, reason in ((tmp_path, "Is a directory"), (tmp_path / "a.txt" / "t", "File exists")):
+        with pytest.raises(DataError, match=rf"{output}: cannot be written \({reason}\)"):
+            train_tokenizer.main([*arguments, str(output)])
+
+
 def test_unknown_end_of_document_is_asked_for(tmp_path: Path) -> None:
     made = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel()
