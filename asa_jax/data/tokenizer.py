@@ -34,6 +34,7 @@ class Tokenizer(Protocol):
         vocab_size: one more than the largest token id.
         end_of_document_id: id of the token that ends every document.
         end_of_document: text of that token.
+        end_ids: ids after which no more is drawn; a tuned model has some of its own.
         start_ids: ids that a prompt begins with; none where documents are packed without.
         fingerprint: sha256 of the tokenizer file, or 'bytes'.
         source: text of the tokenizer.json, or None for bytes.
@@ -42,6 +43,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     end_of_document_id: int
     end_of_document: str
+    end_ids: tuple[int, ...]
     start_ids: tuple[int, ...]
     fingerprint: str
     source: str | None
@@ -65,6 +67,7 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_document_id = 256
     end_of_document = "<|endoftext|>"
+    end_ids: tuple[int, ...] = (256,)
     start_ids: tuple[int, ...] = ()
     fingerprint = BYTES
     source: str | None = None
@@ -110,6 +113,7 @@ class JsonTokenizer:
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         self.end_of_document = self._find_end_of_document(name, end_of_document)
         self.end_of_document_id = self._id(self.end_of_document)
+        self.end_ids: tuple[int, ...] = (self.end_of_document_id,)
         self.start_ids: tuple[int, ...] = ()
 
     def published_start(self) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ class Continuation:
         """
         self.finish_reason: FinishReason | None = None
         self.num_tokens = 0
-        self._end, self._stop, self._held = tokenizer.end_of_document_id, tuple(stop), ""
+        self._ends, self._stop, self._held = tokenizer.end_ids, tuple(stop), ""
         self._decoder = StreamingDecoder(tokenizer)
         for token in prompt[-self._CONTEXT_TOKENS :]:
             self._decoder.push(token)
@@ -69,7 +69,7 @@ class Continuation:
             if self.finish_reason:
                 break
             self.num_tokens += 1
-            text += self._finish("end") if token == self._end else self._add(token)
+            text += self._finish("end") if token in self._ends else self._add(token)
         return text
 
     def flush(self) -> str:

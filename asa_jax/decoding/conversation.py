@@ -103,7 +103,7 @@ class Conversation:
             rows.read([new], progress)
             drawn = rows.draw(
                 max_tokens, sampling=sampling, seeds=[seed],
-                end=self._generator.tokenizer.end_of_document_id,
+                ends=self._generator.tokenizer.end_ids,
                 steps_per_dispatch=1 if stop else STREAM_TOKENS,
                 dispatches_ahead=0 if stop else 1,
             )  # fmt: skip

@@ -191,11 +191,11 @@ class Generator:
         sampling = sampling.checked()
         length = self.runner.cache_length(max(map(len, prompts)), max_tokens)
         rows = Rows.empty(self.runner, len(prompts), length)
-        end = self.tokenizer.end_of_document_id if until_end else None
+        ends = self.tokenizer.end_ids if until_end else ()
 
         def draw() -> Iterator[Drawn]:
             rows.read(prompts, progress)
-            yield from rows.draw(max_tokens, sampling=sampling, seeds=seeds, end=end, **dispatch)
+            yield from rows.draw(max_tokens, sampling=sampling, seeds=seeds, ends=ends, **dispatch)
 
         return draw()
 

@@ -125,7 +125,7 @@ class Rows:
         *,
         sampling: Sampling,
         seeds: Sequence[int],
-        end: int | None,
+        ends: Sequence[int],
         num_alternatives: int = 0,
         steps_per_dispatch: int = STREAM_TOKENS,
         dispatches_ahead: int = 1,
@@ -136,7 +136,7 @@ class Rows:
             max_tokens: most tokens to draw for each row.
             sampling: how they are drawn.
             seeds: of each row.
-            end: token that ends a row; None: nothing does.
+            ends: tokens each of which ends a row.
             num_alternatives: most likely tokens to give beside each.
             steps_per_dispatch: tokens that are given at a time.
             dispatches_ahead: dispatches under way while the caller has what the last one gave, so
@@ -146,7 +146,7 @@ class Rows:
         Returns:
             Gives what was drawn, as numpy arrays of the drawn columns.
         """
-        draws = make_draws(seeds, self._state.lengths.size, end, sampling)
+        draws = make_draws(seeds, self._state.lengths.size, ends, sampling)
         size = max(STREAM_TOKENS, 1 << (steps_per_dispatch - 1).bit_length())
         waiting: collections.deque[Drawn] = collections.deque()
         ended = [False] * len(self.tokens)
@@ -159,17 +159,19 @@ class Rows:
                     )
                     waiting.append(drawn)
                 if len(waiting) > dispatches_ahead:
-                    yield self._take(waiting, end, ended)
+                    yield self._take(waiting, ends, ended)
                 if all(ended):
                     break
             while waiting and not all(ended):
-                yield self._take(waiting, end, ended)
+                yield self._take(waiting, ends, ended)
         finally:
             with interrupts_later():
                 while waiting:
-                    self._take(waiting, end, ended)
+                    self._take(waiting, ends, ended)
 
-    def _take(self, waiting: collections.deque[Drawn], end: int | None, ended: list[bool]) -> Drawn:
+    def _take(
+        self, waiting: collections.deque[Drawn], ends: Sequence[int], ended: list[bool]
+    ) -> Drawn:
         """Brings the first that waits to the host and appends it to rows that have not ended."""
         *columns, num_drawn = self._runner.fetch(waiting[0])
         count = int(num_drawn)
@@ -178,7 +180,7 @@ class Rows:
             waiting.popleft()
             for row, tokens in enumerate(drawn.tokens.tolist()):
                 for token in tokens:
-                    ended[row] |= token == end
+                    ended[row] |= token in ends
                     if ended[row]:
                         break
                     self.tokens[row].append(token)

@@ -168,11 +168,13 @@ class Runner:
             raise UserError(f"out of memory: {_LESS}") from None
 
 
-def make_draws(seeds: Sequence[int], num_rows: int, end: int | None, sampling: Sampling) -> Draws:
+def make_draws(
+    seeds: Sequence[int], num_rows: int, ends: Sequence[int], sampling: Sampling
+) -> Draws:
     """`Draws` of rows with these seeds, and of rows that only fill the arrays."""
     padded = np.zeros(num_rows, np.uint32)
     padded[: len(seeds)] = seeds
-    return Draws(padded, np.int32(-1 if end is None else end), sampling.checked())
+    return Draws(padded, np.array(ends, np.int32), sampling.checked())
 
 
 def _memory_bytes(devices: Sequence[jax.Device]) -> int:

@@ -39,12 +39,12 @@ class Draws(NamedTuple):
 
     Attributes:
         seeds: uint32 [B]; a draw depends on its row's seed, position and text alone.
-        end: int32 [], the token after which a row draws no more; -1: none.
+        ends: int32 [E], the tokens after which a row draws no more.
         sampling: settings of all rows.
     """
 
     seeds: Any
-    end: Any
+    ends: Any
     sampling: Sampling
 
 
@@ -178,7 +178,7 @@ def draw_tokens(
         state, drawn = carry
         logits = _logits(model, state.hidden, vocab_size)
         tokens = constrain(_draw(logits, state, draws), "activation")
-        ended = state.ended | (tokens == draws.end)
+        ended = state.ended | jnp.any(tokens[:, None] == draws.ends, axis=1)
         hidden, cache = model.decode(tokens, state.lengths, state.cache)
         # A row that has ended stays where it is: what is written behind its end is written over.
         rows, new = jnp.arange(tokens.size), jnp.where(ended, state.seen.shape[1], tokens)

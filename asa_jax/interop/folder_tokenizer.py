@@ -6,11 +6,14 @@ from asa_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from asa_jax.errors import ImportedModelError, UserError
 from asa_jax.interop.safetensors_files import read_json_object
 
+GENERATION_CONFIG = "generation_config.json"
+
 
 def load_folder_tokenizer(folder: Path) -> Tokenizer:
-    """Loads the tokenizer.json of a model folder; tokenizer_config.json names its last token.
+    """Loads the tokenizer.json of a model folder, with the tokens that begin and end its texts.
 
-    Prompts begin with the special tokens that the tokenizer.json puts before a text.
+    A text is begun with what tokenizer.json puts before one, and ended by the `eos_token` of
+    tokenizer_config.json or any `eos_token_id` of generation_config.json, else of config.json.
 
     Raises:
         ImportedModelError: it is missing, no tokenizer, or the end of a document is not known.
@@ -27,4 +30,20 @@ def load_folder_tokenizer(folder: Path) -> Tokenizer:
         raise ImportedModelError(str(error)) from None
     assert isinstance(tokenizer, JsonTokenizer)
     tokenizer.start_ids = tokenizer.published_start()
+    ends = (tokenizer.end_of_document_id, *_end_ids(folder, tokenizer.vocab_size))
+    tokenizer.end_ids = tuple(dict.fromkeys(ends))
     return tokenizer
+
+
+def _end_ids(folder: Path, vocab_size: int) -> list[int]:
+    for path in (folder / GENERATION_CONFIG, folder / "config.json"):
+        found = read_json_object(path).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+                raise ImportedModelError(
+                    f"{path}: eos_token_id = {found!r}: must be a token of tokenizer.json, or a "
+                    "list of such"
+                )
+            return ids
+    return []

@@ -82,7 +82,7 @@ def test_the_token_that_ends_an_answer_is_not_among_those_that_the_text_has(gene
     end = next(token for token in drawn[1:] if token not in (*TURNS[0].encode(), drawn[0]))
     ending = copy.copy(generator)
     ending.tokenizer = ByteTokenizer()
-    ending.tokenizer.end_of_document_id = end
+    ending.tokenizer.end_ids = (END, end)
     conversation = Conversation(ending)
     _answer(conversation, TURNS[0])
     assert conversation.tokens[len(TURNS[0]) :] == drawn[: drawn.index(end)]

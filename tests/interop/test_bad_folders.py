@@ -75,6 +75,8 @@ def test_truncated_file(tmp_path, monkeypatch):
         ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer.json"),
         ("tokenizer_config.json", '{"eos_token": 3}', "eos_token = 3: must be a token"),
         ("tokenizer_config.json", '{"eos_token": "<x>"}', "has no token '<x>'"),
+        ("generation_config.json", '{"eos_token_id": 48}', "eos_token_id = 48: must be a token"),
+        ("generation_config.json", '{"eos_token_id": [47, "a"]}', "[47, 'a']: must be a token"),
         ("model.safetensors.index.json", "{}", "weight_map must give a file for each tensor"),
     ],
 )

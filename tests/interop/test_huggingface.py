@@ -170,6 +170,25 @@ def test_tokenizer_is_that_of_the_folder(tmp_path):
     assert tokenizer.end_of_document_id == 7
 
 
+def test_any_of_several_tokens_ends_a_text(tmp_path):
+    config = CASES["smollm2"] | {"eos_token_id": [47, 3]}
+    _, _, tokenizer = load_model(write_model(tmp_path, config))
+    assert tokenizer.end_ids == (47, 3)
+    # What a model is tuned to end with goes before what config.json has of its pretraining.
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 47, 5]}')
+    _, params, tokenizer = load_model(tmp_path)
+    assert tokenizer.end_ids == (47, 9, 5)
+
+    generator = Generator(read_run_config(tmp_path), params, tokenizer)
+    greedy = {"max_tokens": NUM_GREEDY_TOKENS, "sampling": Sampling(temperature=0)}
+    (drawn,) = np.concatenate(list(generator.stream_tokens([[3]], **greedy)), axis=1).tolist()
+    later = next(token for token in drawn if token != drawn[0])
+    tokenizer.end_ids = (46, later)
+    (completion,) = generator.complete(["w3"], **greedy)
+    assert completion.tokens == drawn[: drawn.index(later) + 1]
+    assert completion.finish_reason == "end"
+
+
 def test_prompts_begin_as_the_tokenizer_says(tmp_path):
     write_model(tmp_path, CASES["smollm2"])
     template = {
