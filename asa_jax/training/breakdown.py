@@ -3,8 +3,9 @@
 python -m asa_jax.training.breakdown --config=configs/asa_340m.py --config.data.batch_size=8 \\
     --config.data.sources="('tokens/bundled',)" --output=docs/results/asa_340m_8k
 
-Without --output nothing is written. XLA's command buffers are off, since a profile does not say to
-which operation of the model a kernel of theirs belongs; a step without profile is timed beside it.
+Without --output nothing is written. --kernels=30 lists the 30 kernels that take longest too. XLA's
+command buffers are off, since a profile does not say to which operation of the model a kernel of
+theirs belongs; a step without profile is timed beside it.
 """
 
 import os
@@ -17,6 +18,7 @@ from asa_jax.flags import exit_on_error, parse_config_flag, run_command
 
 if __name__ == "__main__":
     flags.DEFINE_string("output", None, "writes OUTPUT.md and OUTPUT.json")
+    flags.DEFINE_integer("kernels", 0, "lists so many kernels, the longest first", lower_bound=0)
     CONFIG = exit_on_error(parse_config_flag)
     OUTPUT = None if flags.FLAGS.output is None else Path(flags.FLAGS.output)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
@@ -46,6 +48,7 @@ _SCOPES = re.compile(
     r"compressed_attention|select_blocks|selected_attention)\b"
 )
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*\bop_name=\"([^\"]*)\"", re.MULTILINE)
+_SHAPE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\([^)]*\)|\S+) ", re.MULTILINE)
 _MATRIX_PRODUCT = re.compile("gemm|nvjet|cublas|cutlass|dot")
 # On a CPU they enclose the instructions of their bodies, which count themselves.
 _CONTROL_FLOW = re.compile(r"(while|call|conditional)(\.|$)")
@@ -73,11 +76,13 @@ class Breakdown(NamedTuple):
     Attributes:
         parts: by part of the model, kind (kernel, products, other) and pass; those of kernels that
             ran side by side add up to more than `busy`.
+        launches: by kernel name and instruction, and how often it ran; the longest first.
         busy: while at least one kernel ran.
         span: from the first kernel of all steps to the end of the last, divided by the steps.
     """
 
     parts: dict[tuple[str, str, str], float]
+    launches: dict[tuple[str, str], tuple[float, float]]
     busy: float
     span: float
 
@@ -120,13 +125,17 @@ def break_down(kernels: Iterable[Kernel], sources: Mapping[str, str], steps: int
     """
     ordered = sorted(kernels, key=lambda kernel: kernel.start)
     parts: defaultdict[tuple[str, str, str], float] = defaultdict(float)
+    launches: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     busy, last = 0.0, ordered[0].start
     for kernel in ordered:
         parts[_place(kernel, sources.get(kernel.instruction, ""))] += kernel.end - kernel.start
+        launches[kernel.name, kernel.instruction].append(kernel.end - kernel.start)
         busy += max(0.0, kernel.end - max(kernel.start, last))
         last = max(last, kernel.end)
     means = {place: seconds / steps for place, seconds in parts.items()}
-    return Breakdown(means, busy / steps, (last - ordered[0].start) / steps)
+    longest = sorted(launches.items(), key=lambda entry: -sum(entry[1]))
+    counted = {names: (sum(times) / steps, len(times) / steps) for names, times in longest}
+    return Breakdown(means, counted, busy / steps, (last - ordered[0].start) / steps)
 
 
 def _place(kernel: Kernel, source: str) -> tuple[str, str, str]:
@@ -151,7 +160,7 @@ def profile_steps(config: Config) -> dict[str, Any]:
 
     Returns:
         device, jax; step_seconds, data_wait_seconds without profile; argument_bytes and
-        temporary_bytes of the program on a device; breakdown.
+        temporary_bytes of the program on a device; breakdown; program, the compiled text.
     """
     sources, mesh = open_sources(config), make_mesh(config.mesh)
     with jax.set_mesh(mesh), Feed(config, sources, mesh) as feed:
@@ -166,7 +175,7 @@ def profile_steps(config: Config) -> dict[str, Any]:
                 _run(trainer, feed, state, PROFILED_STEPS)
             (file,) = Path(folder).rglob("*.xplane.pb")
             kernels = list(read_kernels(ProfileData.from_file(str(file))))
-    memory = compiled.memory_analysis()
+    memory, program = compiled.memory_analysis(), compiled.as_text()
     return {
         "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
@@ -174,7 +183,8 @@ def profile_steps(config: Config) -> dict[str, Any]:
         "data_wait_seconds": waited,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "breakdown": break_down(kernels, op_names(compiled.as_text()), PROFILED_STEPS),
+        "breakdown": break_down(kernels, op_names(program), PROFILED_STEPS),
+        "program": program,
     }
 
 
@@ -208,14 +218,24 @@ def rows(breakdown: Breakdown) -> list[tuple[str, ...]]:
     return [*lines, ("no kernel runs", "", *blank, f"{1e3 * idle:.2f}", _share(idle, breakdown))]
 
 
+def kernel_rows(breakdown: Breakdown, program: str, number: int) -> list[tuple[str, ...]]:
+    """Lines of the table of the kernels that take longest: ms, runs, name, result and source."""
+    sources, shapes = op_names(program), dict(_SHAPE.findall(program))
+    return [
+        (f"{1e3 * seconds:.2f}", f"{runs:g}", name, shapes.get(instruction, ""),
+         sources.get(instruction, instruction))
+        for (name, instruction), (seconds, runs) in list(breakdown.launches.items())[:number]
+    ]  # fmt: skip
+
+
 def _share(seconds: float, breakdown: Breakdown) -> str:
     return f"{100 * seconds / breakdown.span:.1f}"
 
 
-def main(config: Config, output: Path | None) -> None:
-    """Measures, prints the table and writes it where asked to."""
+def main(config: Config, output: Path | None, number_of_kernels: int) -> None:
+    """Measures, prints the tables and writes them where asked to."""
     record = profile_steps(config)
-    breakdown = record.pop("breakdown")
+    breakdown, program = record.pop("breakdown"), record.pop("program")
     about = describe_setting([record], "asa_jax.training.breakdown", None)
     rate = config.data.batch_size * config.data.sequence_length / record["step_seconds"]
     about |= {
@@ -227,6 +247,10 @@ def main(config: Config, output: Path | None) -> None:
     }
     header = ("part", "kind", *(f"{name} ms" for name in PASSES), "sum ms", "%")
     lines = [*markdown_table(header, rows(breakdown)), ""]
+    if number_of_kernels:
+        header = ("ms", "runs", "kernel", "result", "from")
+        longest = kernel_rows(breakdown, program, number_of_kernels)
+        lines += [*markdown_table(header, longest), ""]
     text = "\n".join(lines + [f"- {name}: {value}" for name, value in about.items()]) + "\n"
     print(text, end="")
     if output is not None:
@@ -240,4 +264,4 @@ def main(config: Config, output: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(CONFIG, OUTPUT))
+    run_command(lambda: main(CONFIG, OUTPUT, flags.FLAGS.kernels))

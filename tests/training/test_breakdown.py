@@ -2,7 +2,14 @@
 
 import pytest
 
-from asa_jax.training.breakdown import Kernel, break_down, op_names, profile_steps, rows
+from asa_jax.training.breakdown import (
+    Kernel,
+    break_down,
+    kernel_rows,
+    op_names,
+    profile_steps,
+    rows,
+)
 
 PROGRAM = """
   ROOT %gemm.1 = bf16[8]{0} custom-call(%x), metadata={op_name="jit(step)/jvp(mlp)/dot" id=1}
@@ -37,6 +44,9 @@ def test_kernels_count_by_part_kind_and_pass():
     assert table[0] == (
         "selected_attention", "kernel", "500.00", "1000.00", "0.00", "1500.00", "37.5"
     )  # fmt: skip
+    longest = kernel_rows(result, PROGRAM, 3)
+    assert longest[0] == ("1000.00", "0.5", "nvjet_128", "bf16[8]{0}", "jit(step)/jvp(mlp)/dot")
+    assert [line[0] for line in longest] == ["1000.00", "1000.00", "750.00"]
     assert table[-1][0] == "no kernel runs" and table[-1][-2:] == ("750.00", "18.8")
 
 
@@ -52,7 +62,7 @@ def test_a_step_is_broken_down(make_config, token_folder):
             }
         )
     )
-    parts, busy, span = record["breakdown"]
+    parts, _, busy, span = record["breakdown"]
     found = {(part, name) for part, _, name in parts}
     for part in ("mlp", "attention", "norm", "selected_attention", "sliding_window_attention"):
         assert {(part, name) for name in ("forward", "recomputed", "backward")} <= found, part
