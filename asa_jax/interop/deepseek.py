@@ -105,11 +105,10 @@ def _rope_scaling(source: HuggingFaceConfig) -> dict[str, Any]:
 
 def _experts(source: HuggingFaceConfig, dense: int, grouped: bool) -> dict[str, Any]:
     source.require("moe_layer_freq", 1, 1)
+    if dense >= source.count("num_hidden_layers"):
+        return {"num_experts": 0}
     return {
-        # As many dense layers as layers are a model without experts.
-        "num_experts": (
-            source.count("n_routed_experts") if dense < source.count("num_hidden_layers") else 0
-        ),
+        "num_experts": source.count("n_routed_experts"),
         "num_experts_per_token": source.integer("num_experts_per_tok"),
         "expert_size": source.integer("moe_intermediate_size"),
         "num_shared_experts": source.integer("n_shared_experts", 0),

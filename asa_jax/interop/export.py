@@ -3,8 +3,8 @@
     python -m asa_jax.interop.export --workdir=runs/full --output=models/full
     python -m asa_jax.interop.export --gguf=model.gguf --output=models/model
 
-A model whose layers are all `full` becomes one that `transformers` loads, every other one a folder
-in the layout of docs/interop.md, which this program loads bit for bit.
+A model whose layers are all `full`, or all `mla`, becomes one that `transformers` loads, every
+other one a folder in the layout of docs/interop.md, which this program loads bit for bit.
 
 Exit codes: 0 done; 1 the checkpoint cannot be used or nothing be written; 2 a flag is wrong.
 """
@@ -22,7 +22,8 @@ from typing import Any
 from asa_jax.config import Config, config_from_dict
 from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.interop.export_folder import export_model
-from asa_jax.interop.export_llama import is_llama
+from asa_jax.interop.export_native import MODEL_TYPE
+from asa_jax.interop.export_transformers import transformers_type
 from asa_jax.interop.gguf_files import load_gguf
 from asa_jax.trained_run import load_run_tokenizer
 from asa_jax.training.checkpoint import restore_params
@@ -36,8 +37,8 @@ def main(options: Options) -> None:
         config, params, tokenizer, options.output,
         dtype=options.dtype, max_file_bytes=options.max_file_bytes, overwrite=options.overwrite,
     )  # fmt: skip
-    layout = "for transformers" if is_llama(config.model) else "in the layout asa_jax"
-    print(f"{source}: {options.output}, {layout}")
+    layout = transformers_type(config.model) or MODEL_TYPE
+    print(f"{source}: {options.output}, in the layout {layout}")
 
 
 def load(options: Options) -> tuple[str, Config, Any, Tokenizer]:

@@ -13,15 +13,15 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from asa_jax.config import Config, config_to_dict
+from asa_jax.config import Config, ModelConfig, config_to_dict
 from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.errors import UserError
-from asa_jax.interop.export_llama import is_llama, llama_fields
 from asa_jax.interop.export_native import native_fields, native_table
 from asa_jax.interop.export_options import GIGABYTE, check_output
 from asa_jax.interop.export_tokenizer import write_tokenizer
+from asa_jax.interop.export_transformers import transformers_layout, transformers_type
+from asa_jax.interop.folder_tokenizer import GENERATION_CONFIG
 from asa_jax.interop.hugging_face_config import CONFIG_FILE
-from asa_jax.interop.llama import llama_table
 from asa_jax.interop.safetensors_files import INDEX_FILE, SINGLE_FILE
 from asa_jax.interop.tensor_table import Place, Table, all_places
 from asa_jax.model.transformer import layer_places
@@ -56,9 +56,10 @@ def export_model(
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        _write_config(partial, config, tokenizer, dtype)
+        fields, table = _layout(config)
+        _write_config(partial, fields, config, tokenizer, dtype)
         write_tokenizer(partial, tokenizer, config.data.sequence_length)
-        _write_tensors(partial, config, params, dtype, max_file_bytes)
+        _write_tensors(partial, table, config.model, params, dtype, max_file_bytes)
         _replace(output, partial)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
@@ -77,26 +78,31 @@ def _replace(output: Path, partial: Path) -> None:
         partial.rename(output)
 
 
-def _write_config(folder: Path, config: Config, tokenizer: Tokenizer, dtype: str) -> None:
-    cfg = config.model
-    known = is_llama(cfg)
-    fields = llama_fields(config) if known else native_fields(config_to_dict(config)["model"])
+def _layout(config: Config) -> tuple[dict[str, Any], Table]:
+    if transformers_type(config.model):
+        return transformers_layout(config)
+    return native_fields(config_to_dict(config)["model"]), native_table(config.model)
+
+
+def _write_config(
+    folder: Path, fields: dict[str, Any], config: Config, tokenizer: Tokenizer, dtype: str
+) -> None:
+    ends = list(tokenizer.end_ids)
+    end = ends if len(ends) > 1 else ends[0]
     fields |= {
-        "vocab_size": cfg.vocab_size,
+        "vocab_size": config.model.vocab_size,
         "max_position_embeddings": config.data.sequence_length,
-        "eos_token_id": tokenizer.end_of_document_id,
+        "eos_token_id": end,
         "bos_token_id": None,
         "dtype": dtype,
     }
     _write_json(folder / CONFIG_FILE, fields)
-    _write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.end_of_document_id})
+    _write_json(folder / GENERATION_CONFIG, {"eos_token_id": end})
 
 
 def _write_tensors(
-    folder: Path, config: Config, params: Any, dtype: str, max_file_bytes: int
+    folder: Path, table: Table, cfg: ModelConfig, params: Any, dtype: str, max_file_bytes: int
 ) -> None:
-    cfg = config.model
-    table = llama_table(cfg) if is_llama(cfg) else native_table(cfg)
     parts: dict[str, list[Place]] = defaultdict(list)
     for place in all_places(table, layer_places(cfg)):
         parts[place.tensor].append(place)

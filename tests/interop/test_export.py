@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from asa_jax.config import Config, MeshConfig, config_from_dict
+from asa_jax.config import Config, MeshConfig, ModelConfig, config_from_dict
 from asa_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from asa_jax.errors import CheckpointError, ConfigError, ImportedModelError
 from asa_jax.interop.export_folder import export_model
-from asa_jax.interop.export_llama import is_llama
+from asa_jax.interop.export_transformers import transformers_type
 from asa_jax.interop.huggingface import load_model
 from asa_jax.interop.initial_params import load_initial_params
 from asa_jax.interop.restore import restore_model
@@ -31,11 +31,26 @@ def _config(kinds: tuple[str, ...], **fields: Any) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-LLAMA_FIELDS = (
-    "vocab_size", "hidden_size", "mlp_size", "layer_kinds", "num_heads", "num_kv_heads", "head_dim",
-    "qk_norm", "attention_bias", "mlp_bias", "rope_theta", "rope_scaling", "norm_epsilon",
-    "tie_embeddings", "init_stddev",
+# Another program's config.json does not hold what its layers do not read.
+COMMON_FIELDS = (
+    "vocab_size", "hidden_size", "mlp_size", "layer_kinds", "num_heads", "attention_bias",
+    "mlp_bias", "rope_theta", "rope_scaling", "norm_epsilon", "tie_embeddings", "init_stddev",
 )  # fmt: skip
+LLAMA_FIELDS = (*COMMON_FIELDS, "num_kv_heads", "head_dim", "qk_norm")
+FIELDS = {
+    "llama": LLAMA_FIELDS,
+    "qwen3": LLAMA_FIELDS,
+    "deepseek_v2": (
+        *COMMON_FIELDS, "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+        "v_head_dim", "latent_norm", "latent_norm_epsilon",
+    ),
+    None: [field.name for field in dataclasses.fields(ModelConfig)],
+}  # fmt: skip
+YARN = {
+    "kind": "yarn", "factor": 8.0, "original_length": 32, "low_frequency_factor": 1.0,
+    "high_frequency_factor": 4.0, "beta_fast": 8.0, "beta_slow": 1.0, "truncate": True,
+    "attention_factor": 1.2, "score_factor": 1.0,
+}  # fmt: skip
 CASES = {
     "llama": _config(("full",) * 2, scan_layers=True, rope_theta=5e5, norm_epsilon=1e-5),
     "llama_stretched": _config(
@@ -44,23 +59,23 @@ CASES = {
         tie_embeddings=True,
         attention_bias=True,
         mlp_bias=True,
-        rope_scaling={
-            "kind": "llama3",
-            "factor": 8.0,
-            "original_length": 32,
-            "low_frequency_factor": 1.0,
-            "high_frequency_factor": 4.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": True,
-            "attention_factor": 1.0,
-            "score_factor": 1.0,
-        },
+        rope_scaling={**YARN, "kind": "llama3", "attention_factor": 1.0, "beta_fast": 32.0},
     ),
     "qwen3": _config(("full",), scan_layers=True, qk_norm=True),
     "asa": _config(("local", "global") * 2, scan_layers=True),
     "asa_without_norm": _config(("local", "global"), latent_norm=False, tie_embeddings=True),
-    "mla": _config(("mla",), q_lora_rank=8),
+    "mla": _config(("mla",), q_lora_rank=8, scan_layers=True),
+    "mla_stretched": _config(
+        ("mla",) * 2,
+        scan_layers=True,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_embeddings=True,
+        rope_theta=5e5,
+        norm_epsilon=1e-5,
+        rope_scaling=YARN,
+    ),
+    "mla_without_norm": _config(("mla",), latent_norm=False),
     "nsa": _config(("nsa", "sliding", "full"), nsa_compression="mlp"),
 }
 
@@ -78,14 +93,11 @@ def test_what_is_written_loads_bit_for_bit(tmp_path, name):
     assert (output / "model.safetensors.index.json").exists()
     cfg, loaded, _ = load_model(output)
     _arrays_equal(loaded, params)
-    known = is_llama(config.model)
-    # Another program's config.json does not hold what its layers do not read.
-    names = LLAMA_FIELDS if known else [field.name for field in dataclasses.fields(cfg)]
-    for field in names:
+    for field in FIELDS[transformers_type(config.model)]:
         assert getattr(cfg, field) == getattr(config.model, field), field
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if is_llama(CASES[name].model)])
+@pytest.mark.parametrize("name", [name for name in CASES if transformers_type(CASES[name].model)])
 def test_transformers_gives_the_same_logits(tmp_path, name):
     torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
     config, tokens = CASES[name], np.arange(40)[None] * 7 % 257
@@ -127,7 +139,7 @@ def test_a_run_can_start_from_a_folder(tmp_path):
 
 
 def test_a_folder_stands_in_for_a_run(tmp_path):
-    config, folder = CASES["mla"], tmp_path / "model"
+    config, folder = CASES["asa"], tmp_path / "model"
     params = random_params(config.model)
     export_model(config, params, ByteTokenizer(), folder)
     restored, found, step = restore_model(folder)
@@ -196,7 +208,7 @@ def _full_disk(*_: Any) -> None:
     ],
 )
 def test_a_broken_native_config_is_one_line(tmp_path, change, message):
-    config, output = CASES["mla"], tmp_path / "model"
+    config, output = CASES["asa"], tmp_path / "model"
     export_model(config, random_params(config.model), ByteTokenizer(), output)
     fields = json.loads((output / "config.json").read_text()) | change
     (output / "config.json").write_text(json.dumps(fields))
