@@ -219,13 +219,21 @@ def rows(breakdown: Breakdown) -> list[tuple[str, ...]]:
 
 
 def kernel_rows(breakdown: Breakdown, program: str, number: int) -> list[tuple[str, ...]]:
-    """Lines of the table of the kernels that take longest: ms, runs, name, result and source."""
+    """Lines of the table of the kernels that take longest: ms, runs, name, result and source.
+
+    Those of the same source and result, as layers have them without scan, are one line.
+    """
     sources, shapes = op_names(program), dict(_SHAPE.findall(program))
-    return [
-        (f"{1e3 * seconds:.2f}", f"{runs:g}", name, shapes.get(instruction, ""),
-         sources.get(instruction, instruction))
-        for (name, instruction), (seconds, runs) in list(breakdown.launches.items())[:number]
-    ]  # fmt: skip
+    lines: defaultdict[tuple[str, str], list[tuple[float, float, str]]] = defaultdict(list)
+    for (name, instruction), (seconds, runs) in breakdown.launches.items():
+        place = shapes.get(instruction, ""), sources.get(instruction, instruction)
+        lines[place].append((seconds, runs, name))
+    sums = [
+        (sum(s for s, _, _ in each), sum(r for _, r, _ in each), each[0][2], *place)
+        for place, each in lines.items()
+    ]
+    sums.sort(key=lambda line: -line[0])
+    return [(f"{1e3 * s:.2f}", f"{runs:g}", *texts) for s, runs, *texts in sums[:number]]
 
 
 def _share(seconds: float, breakdown: Breakdown) -> str:
