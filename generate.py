@@ -3,6 +3,7 @@
     python generate.py --workdir=runs/tiny --prompt="It is a truth"
     python generate.py --workdir=runs/tiny --prompt_file=book.txt --max_tokens=0 --save_cache=b
     python generate.py --workdir=runs/tiny --load_cache=b --chat
+    python generate.py --workdir=models/SmolLM2-135M-Instruct --chat --system_prompt="Be brief."
     python generate.py --workdir=runs/tiny --prompts_file=prompts.jsonl > completions.jsonl
 
 The continuation goes to stdout, all else to stderr. It ends with the document, before a --stop, or
@@ -25,6 +26,7 @@ import json
 import sys
 
 from asa_jax.decoding.batches import complete_prompts, to_json
+from asa_jax.decoding.chat import Chat
 from asa_jax.decoding.conversation import Conversation
 from asa_jax.decoding.generate import Generator
 from asa_jax.decoding.progress import show_progress
@@ -83,6 +85,9 @@ def complete(generator: Generator, options: Options) -> None:
 
 def chat(conversation: Conversation, options: Options) -> None:
     """Answers lines until there are no more."""
+    talk = Chat(conversation, options.tokenizer, options.template, options.system_prompt)
+    if options.template is None:
+        print("no chat template: lines go to the model as they are", file=sys.stderr)
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -94,17 +99,16 @@ def chat(conversation: Conversation, options: Options) -> None:
         except UnicodeError:
             raise DataError("stdin: a line is not UTF-8") from None
         try:
-            start = "" if conversation.at_line_start else "\n"
-            answer(conversation, f"{start}{line}\n", options)
+            answer(talk, line, options)
         except KeyboardInterrupt:
             print()
 
 
-def answer(conversation: Conversation, text: str, options: Options, shown: str = "") -> None:
+def answer(talk: Conversation | Chat, text: str, options: Options, shown: str = "") -> None:
     """Reads a text and prints its continuation as it comes, on a terminal behind what is shown."""
     with contextlib.ExitStack() as stack:
         with show_progress("tokens read") as progress:
-            parts = conversation.answer(
+            parts = talk.answer(
                 text,
                 max_tokens=options.max_tokens,
                 sampling=options.sampling,

@@ -47,6 +47,7 @@ def write_cache_file(path: Path, saved: SavedRow, runner: Runner, tokenizer: str
     metadata = {
         "format": FORMAT,
         "cache_length": str(saved.cache_length),
+        "messages": json.dumps(list(saved.messages)),
         **_fingerprints(runner, tokenizer),
     }
     metadata["digest"] = _digest(arrays, metadata)
@@ -79,7 +80,8 @@ def read_cache_file(path: Path, runner: Runner, tokenizer: str) -> SavedRow:
     wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
     if {name: (array.shape, array.dtype) for name, array in arrays.items()} != wanted:
         raise CheckpointError(f"{path}: its arrays are not those of this model; read the text anew")
-    return SavedRow(tokens, arrays, int(metadata["cache_length"]))
+    messages = json.loads(metadata.get("messages", "[]"))  # not in files of before
+    return SavedRow(tokens, arrays, int(metadata["cache_length"]), messages)
 
 
 def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -20,6 +20,9 @@ class Conversation:
 
     A turn is text that is read and the answer that is drawn after it; both stay. The outcome is
     that of reading the whole text at once.
+
+    Attributes:
+        messages: those that a chat template made the text of, saved with it; none if it is plain.
     """
 
     def __init__(self, generator: Generator) -> None:
@@ -30,6 +33,7 @@ class Conversation:
         """
         self._generator = generator
         self._rows: Rows | None = None
+        self.messages: list[dict[str, str]] = []
 
     @classmethod
     def load(cls, generator: Generator, path: Path) -> "Conversation":
@@ -42,6 +46,7 @@ class Conversation:
         saved = read_cache_file(path, generator.runner, generator.tokenizer.fingerprint)
         conversation = cls(generator)
         conversation._rows = Rows.restore(generator.runner, saved)
+        conversation.messages = [dict(message) for message in saved.messages]
         return conversation
 
     @property
@@ -62,11 +67,12 @@ class Conversation:
             UserError: there is nothing to save yet, or the file cannot be written.
         """
         saved = self._rows.save() if self._rows else SavedRow([], {}, 0)
+        saved = saved._replace(messages=self.messages)
         write_cache_file(path, saved, self._generator.runner, self._generator.tokenizer.fingerprint)
 
     def answer(
         self,
-        text: str,
+        text: str | Sequence[int],
         *,
         max_tokens: int,
         sampling: Sampling = PLAIN,
@@ -77,7 +83,7 @@ class Conversation:
         """Reads a text and continues it.
 
         Args:
-            text: what comes next; an empty one is read as a line break.
+            text: what comes next, or its token ids; an empty text is read as a line break.
             max_tokens: most tokens of the answer; 0: only read.
             sampling: how they are drawn.
             seed: of the draws.
@@ -94,12 +100,14 @@ class Conversation:
             UserError: the cache does not fit into memory.
         """
         check_request(max_tokens, [seed], stop, least_tokens=0)
-        new = self._generator.encode_prompt(text, continues=bool(self.tokens))
+        new = self._encode(text)
         sampling = sampling.checked()
         rows = self._with_room(len(new), max_tokens)
         row = Continuation(self._generator.tokenizer, [*rows.tokens[0], *new], stop)
 
         def answer() -> Stream:
+            if isinstance(text, str):
+                self.messages = []  # from here on no template wrote the text
             rows.read([new], progress)
             drawn = rows.draw(
                 max_tokens, sampling=sampling, seeds=[seed],
@@ -115,6 +123,11 @@ class Conversation:
             yield row.flush()
 
         return answer()
+
+    def _encode(self, text: str | Sequence[int]) -> list[int]:
+        if not isinstance(text, str):
+            return list(text)
+        return self._generator.encode_prompt(text, continues=bool(self.tokens))
 
     def _with_room(self, num_new: int, max_tokens: int) -> Rows:
         """The row, with a cache for so many tokens more."""

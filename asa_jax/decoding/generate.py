@@ -11,7 +11,13 @@ from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.decoding.continuation import Alternative, Completion, Continuation
 from asa_jax.decoding.rows import STREAM_TOKENS, Progress, Rows
 from asa_jax.decoding.runner import Runner
-from asa_jax.decoding.settings import CHUNK_TOKENS, Sampling, check_request, row_seeds
+from asa_jax.decoding.settings import (
+    CHUNK_TOKENS,
+    Sampling,
+    check_alternatives,
+    check_request,
+    row_seeds,
+)
 from asa_jax.decoding.steps import Drawn
 from asa_jax.errors import ConfigError
 
@@ -102,6 +108,7 @@ class Generator:
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
         rows = [Continuation(self.tokenizer, tokens, stop) for tokens in encoded]
         check_request(max_tokens, stop=stop, num_alternatives=num_alternatives)
+        check_alternatives(num_alternatives, self.tokenizer.vocab_size)
         drawn = self._draw(
             encoded, max_tokens, sampling, seed, until_end=True, progress=progress,
             num_alternatives=num_alternatives,

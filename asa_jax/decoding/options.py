@@ -6,17 +6,26 @@ from typing import NamedTuple
 from absl import flags
 
 from asa_jax.data.tokenizer import Tokenizer
-from asa_jax.decoding.prompts import Prompt, read_prompt, read_prompts
+from asa_jax.decoding.prompts import Prompt, check_prompts, read_prompt, read_prompts
 from asa_jax.decoding.settings import (
     CHUNK_TOKENS,
     MAX_ALTERNATIVES,
     Sampling,
+    check_alternatives,
     check_chunk_tokens,
     check_length,
     check_request,
 )
 from asa_jax.errors import ConfigError
 from asa_jax.flags import parse_arguments
+from asa_jax.interop.chat import (
+    SYSTEM,
+    USER,
+    ChatTemplate,
+    Message,
+    encode_messages,
+    find_chat_template,
+)
 from asa_jax.launch import refuse_many_processes
 from asa_jax.trained_run import load_run_tokenizer, read_run_config
 
@@ -32,6 +41,8 @@ class Options(NamedTuple):
         tokenizer: of the run.
         prompt: text to continue; None: `prompts` or a chat.
         prompts: texts to continue, with their results as JSON lines; None: one text or a chat.
+        template: that writes the turns of a chat; None: no chat, or the model has none.
+        system_prompt: first message of the chat; None: none.
         batch_size: prompts that are continued at a time.
         num_alternatives: likely tokens to give beside each; None: no log-probabilities.
         load_cache: file of the text to go on with; None: an empty one.
@@ -48,6 +59,8 @@ class Options(NamedTuple):
     tokenizer: Tokenizer
     prompt: str | None
     prompts: list[Prompt] | None
+    template: ChatTemplate | None
+    system_prompt: str | None
     batch_size: int
     num_alternatives: int | None
     load_cache: Path | None
@@ -80,19 +93,25 @@ def parse_options() -> Options:
     ).checked()
     least_tokens = 1 if given.save_cache is None else 0
     check_request(given.max_tokens, [given.seed], stop, least_tokens=least_tokens)
-    prompts = _path(given.prompts_file)
     prompt = _prompt(given.prompt, _path(given.prompt_file))
     save_cache = _output("save_cache", given.save_cache)
     workdir = Path(given.workdir).expanduser()
     check_chunk_tokens(given.chunk_tokens, read_run_config(workdir).model.alignment)
     tokenizer = load_run_tokenizer(workdir)
-    check_length(len(tokenizer.encode(prompt or "")), given.max_tokens)
+    start = len(tokenizer.start_ids)
+    check_length(start + len(tokenizer.encode(prompt or "")), given.max_tokens)
+    check_alternatives(given.log_probabilities or 0, tokenizer.vocab_size)
+    template = find_chat_template(workdir) if given.chat else None
+    if given.chat:
+        _check_chat(workdir, tokenizer, template, given.system_prompt)
     return Options(
         workdir=workdir,
         step=given.step,
         tokenizer=tokenizer,
         prompt=prompt,
-        prompts=None if prompts is None else read_prompts(prompts),
+        prompts=_prompts(_path(given.prompts_file), tokenizer, given.max_tokens),
+        template=template,
+        system_prompt=given.system_prompt,
         batch_size=given.batch_size,
         num_alternatives=given.log_probabilities,
         load_cache=_path(given.load_cache),
@@ -112,6 +131,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("prompt_file", None, "UTF-8 file with the text to continue")
     flags.DEFINE_string("prompts_file", None, 'JSON lines {"prompt": ...}, results as JSON lines')
     flags.DEFINE_bool("chat", False, "read lines and answer each, on the terminal")
+    flags.DEFINE_string("system_prompt", None, "first message of a --chat by a chat template")
     flags.DEFINE_string("load_cache", None, "go on with the text of this file")
     flags.DEFINE_string("save_cache", None, "file for the text and its cache at the end")
     flags.DEFINE_integer("max_tokens", 200, "most tokens to generate; 0: only save_cache")
@@ -139,8 +159,34 @@ def _check_combination(given: flags.FlagValues) -> None:
         for name in ("load_cache", "save_cache"):
             if given[name].value is not None:
                 raise ConfigError(f"--{name}: holds one text, --prompts_file has many")
-    elif given.log_probabilities is not None:
-        raise ConfigError("--log_probabilities: are given with the results of --prompts_file")
+    else:
+        for name in ("log_probabilities", "batch_size"):
+            if given[name].present:
+                raise ConfigError(f"--{name}: goes with --prompts_file")
+    if given.system_prompt is not None and not given.chat:
+        raise ConfigError("--system_prompt: goes with --chat")
+
+
+def _prompts(path: Path | None, tokenizer: Tokenizer, max_tokens: int) -> list[Prompt] | None:
+    if path is None:
+        return None
+    prompts = read_prompts(path)
+    check_prompts(path, prompts, tokenizer, max_tokens)
+    return prompts
+
+
+def _check_chat(
+    workdir: Path, tokenizer: Tokenizer, template: ChatTemplate | None, system: str | None
+) -> None:
+    """Writes a first turn, which a broken template or one without system prompts cannot."""
+    if template is None and system is not None:
+        raise ConfigError(f"--system_prompt: {workdir} has no chat template, which would place it")
+    if template is not None:
+        first = (
+            [] if system is None else [{"role": SYSTEM, "content": _text("system_prompt", system)}]
+        )
+        messages: list[Message] = [*first, {"role": USER, "content": "?"}]
+        encode_messages(template, tokenizer, messages)
 
 
 def _prompt(text: str | None, file: Path | None) -> str | None:

@@ -1,11 +1,13 @@
 """Prompts from files; imports no jax."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from asa_jax.decoding.settings import MAX_SEED
-from asa_jax.errors import DataError
+from asa_jax.data.tokenizer import Tokenizer
+from asa_jax.decoding.settings import MAX_SEED, check_length
+from asa_jax.errors import ConfigError, DataError
 
 # Far more text than a model can read; a larger file was not meant.
 MAX_PROMPT_BYTES = 2**26
@@ -58,6 +60,18 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise DataError(f"{path}: has no line with a prompt")
     return prompts
+
+
+def check_prompts(
+    path: Path, prompts: Sequence[Prompt], tokenizer: Tokenizer, max_tokens: int
+) -> None:
+    """Raises a ConfigError that names the first line that is too long to be continued."""
+    lengths = map(len, tokenizer.encode_batch([prompt.text for prompt in prompts]))
+    for prompt, length in zip(prompts, lengths, strict=True):
+        try:
+            check_length(len(tokenizer.start_ids) + length, max_tokens)
+        except ConfigError as error:
+            raise ConfigError(f"{path}:{prompt.line}: {error}") from None
 
 
 def _parse(path: Path, number: int, line: str) -> Prompt:

@@ -1,7 +1,7 @@
 """Rows of tokens that grow by reading and by drawing, with their caches."""
 
 import collections
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +27,13 @@ class SavedRow(NamedTuple):
         tokens: that the cache holds.
         arrays: of the state by name, with caches of `saved_length` tokens.
         cache_length: of the caches that the row had, and will have.
+        messages: of the chat that the row is.
     """
 
     tokens: list[int]
     arrays: dict[str, np.ndarray]
     cache_length: int
+    messages: Sequence[Mapping[str, str]] = ()
 
 
 class Rows:

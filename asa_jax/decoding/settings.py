@@ -77,6 +77,14 @@ def check_request(
     )  # fmt: skip
 
 
+def check_alternatives(num_alternatives: int, vocab_size: int) -> None:
+    """Raises a ConfigError if there are not so many tokens to choose from."""
+    _require(
+        num_alternatives <= vocab_size, "alternatives", num_alternatives,
+        f"at most {vocab_size}, the tokens of the tokenizer",
+    )  # fmt: skip
+
+
 def check_length(num_tokens: int, max_tokens: int) -> None:
     """Raises a ConfigError if a prompt and its continuation are longer than any text may be."""
     if num_tokens + max_tokens > MAX_EVALUATION_TOKENS:

@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 
 _TOO_SLOW = f"takes more than {chat_render.MAX_SECONDS} s"
 
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 Message = Mapping[str, Any]
 
 
@@ -95,6 +97,15 @@ class ChatTemplate(NamedTuple):
         return json.loads(done.stdout)
 
 
+def find_chat_template(folder: Path) -> ChatTemplate | None:
+    """As `load_chat_template`, and None where a folder has none."""
+    own, settings = folder / TEMPLATE_FILE, folder / TOKENIZER_CONFIG
+    there = own.exists() or (
+        settings.exists() and read_json_object(settings).get("chat_template") is not None
+    )
+    return load_chat_template(folder) if there else None
+
+
 def load_chat_template(folder: Path) -> ChatTemplate:
     """Loads the chat template of a model folder.
 
@@ -143,19 +154,65 @@ def encode_messages(
         ConfigError: a message has no role, or spells a special token, which would end its turn.
         ImportedModelError: the template fails, refuses the messages, or takes too long.
     """
+    chat = _tokenizer_of_templates(template, tokenizer)
+    _check_spelling(chat, messages, 0)
+    return chat.encode(template.render(messages, **options), add_special_tokens=False).ids
+
+
+def encode_reply(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]
+) -> list[int]:
+    """Tokens of a conversation that come behind the model's last answer.
+
+    The text of that answer does not matter, so that the tokens follow those that were drawn.
+
+    Args:
+        template: of the model.
+        tokenizer: of the model.
+        messages: the conversation; one is of the role 'assistant'.
+
+    Returns:
+        Token ids of what ends the answer, of the messages since, and of where the next one begins.
+
+    Raises:
+        ConfigError: a message since has no role, or spells a special token.
+        ImportedModelError: the template fails, or does not give the answer back once.
+    """
+    chat = _tokenizer_of_templates(template, tokenizer)
+    last = max(i for i, message in enumerate(messages) if message["role"] == ASSISTANT)
+    since = messages[last + 1 :]
+    _check_spelling(chat, since, last + 1)
+    mark = uuid.uuid4().hex
+    marked = [*messages[:last], {**messages[last], "content": mark}, *since]
+    _, *behind = template.render(marked).split(mark)
+    if len(behind) != 1:
+        raise ImportedModelError(
+            f"{template.path}: the chat template: writes an answer {len(behind)} times; only one "
+            "that writes it once can go on with a chat"
+        )
+    return chat.encode(behind[0], add_special_tokens=False).ids
+
+
+def _tokenizer_of_templates(template: ChatTemplate, tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The tokenizer as it reads what a template wrote: special tokens are recognised."""
     if tokenizer.source is None:
-        raise ConfigError("a tokenizer of plain bytes has no special tokens for a chat template")
+        raise ConfigError(
+            f"{template.path}: a tokenizer of plain bytes has no special tokens for a chat template"
+        )
     chat = tokenizers.Tokenizer.from_str(tokenizer.source)
     chat.no_truncation()
     chat.no_padding()
+    return chat
+
+
+def _check_spelling(chat: tokenizers.Tokenizer, messages: Sequence[Message], first: int) -> None:
     added = chat.get_added_tokens_decoder().values()
     special = [token.content for token in added if token.special]
-    for i, message in enumerate(messages):
+    for i, message in enumerate(messages, first):
         spelled = json.dumps(message, ensure_ascii=False)
         for token in special:
             if token in spelled:
                 raise ConfigError(f"messages[{i}]: spells the special token {token!r}")
-    return chat.encode(template.render(messages, **options), add_special_tokens=False).ids
 
 
 def _check(messages: Sequence[Message]) -> None:

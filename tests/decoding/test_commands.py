@@ -18,9 +18,9 @@ from asa_jax.data.tokenizer import ByteTokenizer
 from asa_jax.decoding.conversation import Conversation
 from asa_jax.decoding.generate import Generator, generate_text
 from asa_jax.decoding.options import Options
-from asa_jax.decoding.prompts import read_prompts
+from asa_jax.decoding.prompts import Prompt, check_prompts, read_prompts
 from asa_jax.decoding.settings import Sampling
-from asa_jax.errors import DataError
+from asa_jax.errors import ConfigError, DataError
 from asa_jax.flags import PROJECT
 from asa_jax.training.checkpoint import restore_params
 
@@ -100,7 +100,10 @@ def test_closed_pipe_is_no_error_to_tell(start_generate, workdir):
         (["--chat", "--min_p=2"], "min_p = 2.0: must be from 0 to 1"),
         (["--chat", "--stop="], "stop = '': must be at least a character"),
         (["--prompts_file=a", "--log_probabilities=21"], "--log_probabilities=21"),
-        (["--chat", "--log_probabilities=0"], "--log_probabilities: are given with the results of"),
+        (["--chat", "--log_probabilities=0"], "--log_probabilities: goes with --prompts_file"),
+        (["--prompt=a", "--batch_size=8"], "--batch_size: goes with --prompts_file"),
+        (["--prompt=a", "--system_prompt=b"], "--system_prompt: goes with --chat"),
+        (["--chat", "--system_prompt=b"], "has no chat template, which would place it"),
         (["--chat", "--chunk_tokens=24"], "chunk_tokens = 24: must be a positive multiple of 16"),
         (["--chat", "--save_cache=/none/c"], "--save_cache=/none/c: must name a file in a folder"),
         (["--chat", "--save_cache=/dev/null"], "--save_cache=/dev/null: must name a file in a"),
@@ -141,7 +144,9 @@ def test_chat_goes_on_from_a_saved_cache(options, workdir, tmp_path, monkeypatch
     generate.main(options._replace(prompt="It is a truth", save_cache=cache, max_tokens=0))
     monkeypatch.setattr("sys.stdin", io.StringIO("universally\nacknowledged\n"))
     generate.main(options._replace(load_cache=cache, save_cache=again))
-    assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in answers)
+    output, errors = capsys.readouterr()
+    assert output == "".join(f"{answer}\n" for answer in answers)
+    assert errors.endswith("\nno chat template: lines go to the model as they are\n")
     loaded = Conversation.load(Generator(config, params, ByteTokenizer()), again)
     assert loaded.tokens == want.tokens
 
@@ -218,6 +223,13 @@ def test_files_of_prompts_that_cannot_be_used(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(DataError, match=re.escape(message)):
         read_prompts(path)
+
+
+def test_a_prompt_that_is_too_long_is_told_before_the_first_one_is_continued():
+    prompts = [Prompt(1, "a", None), Prompt(4, "é" * 2**19, None)]
+    message = "a.jsonl:4: prompt of 1048576 tokens and max_tokens = 1: must be at most 1048576"
+    with pytest.raises(ConfigError, match=message):
+        check_prompts(Path("a.jsonl"), prompts, ByteTokenizer(), 1)
 
 
 def test_prompt_that_is_too_long(start_generate, workdir, tmp_path):

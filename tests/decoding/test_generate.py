@@ -181,6 +181,14 @@ def test_everything_is_one_dispatch_where_nothing_streams(generator, monkeypatch
     assert dispatched == [40, 16, 16, 8]
 
 
+def test_no_more_alternatives_than_tokens():
+    few = Scripted([])
+    few.tokenizer = ByteTokenizer()
+    few.tokenizer.vocab_size = 3
+    with pytest.raises(ConfigError, match="alternatives = 4: must be at most 3, the tokens of"):
+        few.complete(["-"], max_tokens=1, num_alternatives=4)
+
+
 @pytest.mark.parametrize("chunk", range(1, 6))
 def test_characters_come_whole(chunk):
     text = "a\u00e9\u20ac\U0001f600z"
