@@ -70,7 +70,10 @@ def make_stages(grid: Grid, output: Path, models: list[str] | None = None) -> li
     if grid.by_stage:
         order = list(dict.fromkeys(stage.name for stage in stages))
         stages.sort(key=lambda stage: order.index(stage.name))
-    return [*_shared_stages(grid, output), *stages]
+    shared = _shared_stages(grid, output)
+    needed = {stage.key for stage in shared}
+    first = next((i for i, stage in enumerate(stages) if needed & set(stage.needs)), 0)
+    return [*stages[:first], *shared, *stages[first:]]
 
 
 def learning_rate(grid: Grid, output: Path, model: str) -> float:

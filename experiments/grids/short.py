@@ -1,4 +1,4 @@
-"""The four main arms on 14M tokens each: what some eight minutes of one H100 can show.
+"""The four main arms on 17M tokens each: what some eight minutes of one H100 can show.
 
 python -m experiments.compare --grid=experiments/grids/short.py --output=runs/short --gpu=0,0
 
@@ -18,9 +18,9 @@ GRID = Grid(
     weights=(0.5, 0.4, 0.1),
     settings={
         "data.batch_size": 8,
-        "training.steps": 220,
-        "training.eval_every_steps": 110,
-        "training.checkpoint_every_steps": 110,
+        "training.steps": 260,
+        "training.eval_every_steps": 130,
+        "training.checkpoint_every_steps": 130,
         "optimizer.warmup_steps": 40,
     },
     learning_rates=(2e-3,),
