@@ -21,6 +21,7 @@ from typing import Any
 
 from asa_jax.config import Config, config_from_dict
 from asa_jax.data.tokenizer import Tokenizer
+from asa_jax.interop.chat import ChatTemplate, find_chat_template
 from asa_jax.interop.export_folder import export_model
 from asa_jax.interop.export_native import MODEL_TYPE
 from asa_jax.interop.export_transformers import transformers_type
@@ -32,25 +33,26 @@ from configs import base
 
 def main(options: Options) -> None:
     """Loads the model and writes the folder."""
-    source, config, params, tokenizer = load(options)
+    source, config, params, tokenizer, template = load(options)
     export_model(
-        config, params, tokenizer, options.output,
+        config, params, tokenizer, options.output, template=template,
         dtype=options.dtype, max_file_bytes=options.max_file_bytes, overwrite=options.overwrite,
     )  # fmt: skip
     layout = transformers_type(config.model) or MODEL_TYPE
     print(f"{source}: {options.output}, in the layout {layout}")
 
 
-def load(options: Options) -> tuple[str, Config, Any, Tokenizer]:
-    """What the model is called, its configuration, parameters and tokenizer."""
+def load(options: Options) -> tuple[str, Config, Any, Tokenizer, ChatTemplate | None]:
+    """What the model is called, its configuration, parameters, tokenizer and chat template."""
     if options.workdir is not None:
         config, params, step = restore_params(options.workdir, step=options.step)
         tokenizer = load_run_tokenizer(options.workdir)
-        return f"{options.workdir}, step {step}", config, params, tokenizer
+        template = find_chat_template(options.workdir)
+        return f"{options.workdir}, step {step}", config, params, tokenizer, template
     assert options.gguf is not None
-    model, params, tokenizer = load_gguf(options.gguf)
-    config = config_from_dict(base.get_config().to_dict())
-    return str(options.gguf), dataclasses.replace(config, model=model), params, tokenizer
+    cfg, params, tokenizer, template = load_gguf(options.gguf)
+    config = dataclasses.replace(config_from_dict(base.get_config().to_dict()), model=cfg)
+    return str(options.gguf), config, params, tokenizer, template
 
 
 if __name__ == "__main__":

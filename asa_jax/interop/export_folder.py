@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from asa_jax.config import Config, ModelConfig, config_to_dict
 from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.errors import UserError
+from asa_jax.interop.chat import ChatTemplate
 from asa_jax.interop.export_native import native_fields, native_table
 from asa_jax.interop.export_options import GIGABYTE, check_output
 from asa_jax.interop.export_tokenizer import write_tokenizer
@@ -33,6 +34,7 @@ def export_model(
     tokenizer: Tokenizer,
     output: Path,
     *,
+    template: ChatTemplate | None = None,
     dtype: str = "float32",
     max_file_bytes: int = 5 * GIGABYTE,
     overwrite: bool = False,
@@ -44,6 +46,7 @@ def export_model(
         params: its parameters.
         tokenizer: its tokenizer.
         output: the folder.
+        template: of its chats; None: it has none.
         dtype: of the tensors.
         max_file_bytes: of one safetensors file, unless a single tensor is larger.
         overwrite: replace a model that is there.
@@ -58,7 +61,7 @@ def export_model(
         partial.mkdir(parents=True)
         fields, table = _layout(config)
         _write_config(partial, fields, config, tokenizer, dtype)
-        write_tokenizer(partial, tokenizer, config.data.sequence_length)
+        write_tokenizer(partial, tokenizer, template, config.data.sequence_length)
         _write_tensors(partial, table, config.model, params, dtype, max_file_bytes)
         _replace(output, partial)
     except OSError as error:

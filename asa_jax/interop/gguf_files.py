@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tokenizers
 from jax.sharding import Mesh
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from asa_jax.config import ModelConfig
-from asa_jax.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
+from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.errors import ConfigError, ImportedModelError
+from asa_jax.interop.chat import ChatTemplate
+from asa_jax.interop.gguf_tokenizer import TOKENS, read_chat_template, read_tokenizer
 from asa_jax.interop.hugging_face_config import HuggingFaceConfig
 from asa_jax.interop.huggingface import read_params
 from asa_jax.interop.llama import llama_table, read_llama
@@ -49,9 +49,22 @@ TENSORS = {
 }
 # Heads of these tensors are rows of neighbouring pairs, the value is their number's name.
 PERMUTED = {"self_attn.q_proj.weight": "num_heads", "self_attn.k_proj.weight": "num_kv_heads"}
-# How text is cut before byte-level BPE, by `tokenizer.ggml.pre`.
-PRE_TOKENIZERS = {"gpt-2": (), "smollm": (pre_tokenizers.Digits(individual_digits=True),)}
-CONTROL, USER_DEFINED = 3, 4
+
+
+class GgufModel(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        cfg: the architecture.
+        params: nested dict of parameters.
+        tokenizer: of the model.
+        template: of chats; None: there is none.
+    """
+
+    cfg: ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
 
 
 class GgufTensor(NamedTuple):
@@ -87,7 +100,7 @@ class GgufTensor(NamedTuple):
 
 def load_gguf(
     path: str | Path, mesh: Mesh | None = None, param_dtype: str | None = None
-) -> tuple[ModelConfig, Any, Tokenizer]:
+) -> GgufModel:
     """Loads a Llama model from a GGUF file.
 
     Args:
@@ -96,26 +109,26 @@ def load_gguf(
         param_dtype: of the parameters; None: float32.
 
     Returns:
-        The architecture, the parameters as a nested dict, and the tokenizer.
+        The model.
 
     Raises:
         ConfigError: the extra `gguf` is not installed, or the mesh does not divide the parameters.
         ImportedModelError: the file is damaged, or its architecture or tokenizer not supported.
     """
     path = Path(path).expanduser()
-    reader = _open(path)
-    values = {name: field.contents() for name, field in reader.fields.items()}
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    values, stored = _open(path)
     cfg = read_llama(_config(path, values, stored))
     _check(path, values, cfg)
     table = llama_table(cfg)
     places = all_places(table, layer_places(cfg))
     tensors = _tensors(path, stored, places, table, cfg)
-    tokenizer = _tokenizer(path, values)
-    return cfg, read_params(tensors, places, table, cfg, mesh, param_dtype), tokenizer
+    tokenizer, template = read_tokenizer(path, values), read_chat_template(path, values)
+    params = read_params(tensors, places, table, cfg, mesh, param_dtype)
+    return GgufModel(cfg, params, tokenizer, template)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The metadata and the tensors of a file, by name."""
     try:
         import gguf
     except ImportError:
@@ -123,7 +136,9 @@ def _open(path: Path) -> Any:
             f"{path}: the package gguf is not installed; run pip install -e '.[gguf]'"
         ) from None
     try:
-        return gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(path)
+        values = {name: field.contents() for name, field in reader.fields.items()}
+        return values, {tensor.name: tensor for tensor in reader.tensors}
     except OSError as error:
         raise ImportedModelError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # whatever a damaged file makes of its offsets
@@ -137,14 +152,14 @@ def _config(path: Path, values: Mapping[str, Any], stored: Mapping[str, Any]) ->
         raise ImportedModelError(
             f"{path}: general.architecture = {found!r}: must be 'llama'; others are not supported"
         )
-    for name in (*FIELDS.values(), "tokenizer.ggml.tokens"):
+    for name in (*FIELDS.values(), TOKENS):
         if name not in values:
             raise ImportedModelError(f"{path}: {name} is missing")
     fields = {name: values[field] for name, field in FIELDS.items()}
     return HuggingFaceConfig(
         path,
         fields | {
-            "vocab_size": len(values["tokenizer.ggml.tokens"]),
+            "vocab_size": len(values[TOKENS]),
             "head_dim": values.get("llama.attention.key_length"),
             "tie_word_embeddings": "output.weight" not in stored,
             "hidden_act": "silu",
@@ -181,6 +196,7 @@ def _tensors(
             raise ImportedModelError(
                 f"{path}: tensor {name}: shape {list(found)} must be {list(shape)}"
             )
+        _check_kind(path, name, stored[name].tensor_type)
         heads = next((n for end, n in PERMUTED.items() if place.tensor.endswith(end)), None)
         tensors[place.tensor] = GgufTensor(
             path, name, shape, stored[name].data, stored[name].tensor_type,
@@ -192,41 +208,19 @@ def _tensors(
     return tensors
 
 
+def _check_kind(path: Path, name: str, kind: Any) -> None:
+    """Undoes a block of zeros, to refuse what cannot be undone before any array is made."""
+    import gguf
+
+    try:
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        raise ImportedModelError(
+            f"{path}: tensor {name}: quantisation {kind.name} is not supported by the package gguf"
+        ) from None
+
+
 def _gguf_name(tensor: str) -> str:
     for there, here in TENSORS.items():
         tensor = tensor.replace(f"{there}.", f"{here}.")
     return tensor
-
-
-def _tokenizer(path: Path, values: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer in the file, or tokenizer.json beside it where that one is not known."""
-    kind = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre", "gpt-2")
-    tokens, beside = values["tokenizer.ggml.tokens"], path.parent / "tokenizer.json"
-    end = values.get("tokenizer.ggml.eos_token_id", -1)
-    if not 0 <= end < len(tokens):
-        raise ImportedModelError(f"{path}: tokenizer.ggml.eos_token_id = {end}: is no token")
-    if kind[0] == "gpt2" and kind[1] in PRE_TOKENIZERS:
-        return JsonTokenizer(_byte_level(values, kind[1]), str(path), tokens[end])
-    if beside.exists():
-        return load_tokenizer(beside, tokens[end])
-    raise ImportedModelError(
-        f"{path}: tokenizer {kind[0]!r} with tokenizer.ggml.pre {kind[1]!r} is not supported; "
-        f"put its tokenizer.json at {beside}"
-    )
-
-
-def _byte_level(values: Mapping[str, Any], pre: str) -> str:
-    """The tokenizer.json of a byte-level BPE."""
-    tokens = values["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in values.get("tokenizer.ggml.merges", ())]
-    made = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [*PRE_TOKENIZERS[pre], pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    made.decoder = decoders.ByteLevel()
-    kinds = values.get("tokenizer.ggml.token_type", ())
-    added = [(token, kind) for token, kind in zip(tokens, kinds, strict=False) if kind > 1]
-    for token, kind in added:
-        if kind in (CONTROL, USER_DEFINED):
-            made.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)])
-    return made.to_str()

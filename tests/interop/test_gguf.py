@@ -1,5 +1,6 @@
 """GGUF files, written here as llama.cpp's converter does, and read."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,16 @@ import jax
 import numpy as np
 import pytest
 
+from asa_jax.config import config_from_dict
 from asa_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from asa_jax.errors import ConfigError, ImportedModelError
+from asa_jax.interop.chat import load_chat_template
+from asa_jax.interop.export_folder import export_model
 from asa_jax.interop.export_tokenizer import byte_level
+from asa_jax.interop.folder_tokenizer import load_folder_tokenizer
 from asa_jax.interop.gguf_files import load_gguf
 from asa_jax.model.transformer import abstract_model
+from configs import base
 from tests.models import random_params, tiny_model_config
 
 MODEL = tiny_model_config(
@@ -67,6 +73,7 @@ def _in_pairs(weight: np.ndarray) -> np.ndarray:
 
 def _write(path: Path, tensors: dict[str, np.ndarray], **metadata: Any) -> Path:
     """Writes a file; matrices in Q8_0 where asked with quantised=True; None leaves a field out."""
+    int8 = metadata.pop("int8", False)
     quantised, arch = metadata.pop("quantised", False), metadata.pop("arch", "llama")
     writer = gguf.GGUFWriter(path, arch)
     spelled = load_tokenizer_tokens()
@@ -77,13 +84,17 @@ def _write(path: Path, tensors: dict[str, np.ndarray], **metadata: Any) -> Path:
     for name, value in (METADATA | metadata).items():
         if isinstance(value, str):
             writer.add_string(name, value)
+        elif isinstance(value, bool):
+            writer.add_bool(name, value)
         elif isinstance(value, list):
             writer.add_array(name, value)
         elif value is not None:
             writer.add_uint32(name, value)
     for name, tensor in tensors.items():
         tensor = np.ascontiguousarray(tensor)
-        if quantised and tensor.ndim == 2:
+        if int8 and name == "output.weight":
+            writer.add_tensor(name, tensor.astype(np.int8))
+        elif quantised and tensor.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
         else:
@@ -109,7 +120,7 @@ def params() -> Any:
 
 
 def test_parameters_come_back(tmp_path, params):
-    cfg, found, tokenizer = load_gguf(_write(tmp_path / "a.gguf", _tensors(params)))
+    cfg, found, tokenizer, template = load_gguf(_write(tmp_path / "a.gguf", _tensors(params)))
     assert cfg.layer_kinds == MODEL.layer_kinds and cfg.rope_theta == 5e4
     assert (cfg.head_dim, cfg.num_kv_heads, cfg.tie_embeddings) == (8, 2, False)
     assert cfg.norm_epsilon == pytest.approx(1e-5)
@@ -118,12 +129,13 @@ def test_parameters_come_back(tmp_path, params):
     assert tokenizer.encode("ab 12é") == [257, *" 12é".encode()]
     assert tokenizer.end_of_document == "<|endoftext|>"
     assert tokenizer.byte_lengths()[[97, 256, 257]].tolist() == [1, 0, 2]
+    assert (tokenizer.start_ids, tokenizer.end_ids, template) == ((), (256,), None)
 
 
 def test_quantised_parameters_are_near(tmp_path, params):
     tensors = _tensors(params)
     del tensors["output.weight"]
-    cfg, found, _ = load_gguf(_write(tmp_path / "a.gguf", tensors, quantised=True))
+    cfg, found, *_ = load_gguf(_write(tmp_path / "a.gguf", tensors, quantised=True))
     assert cfg.tie_embeddings and "output" not in found["embedding"]
     tied = {**params, "embedding": {"table": params["embedding"]["table"]}}
 
@@ -140,12 +152,38 @@ def test_a_tokenizer_beside_the_file_stands_in(tmp_path, params):
     with pytest.raises(ImportedModelError, match="'llama-bpe' is not supported; put its"):
         load_gguf(path)
     (tmp_path / "tokenizer.json").write_text(byte_level())
-    tokenizer = load_gguf(path)[2]
+    tokenizer = load_gguf(path).tokenizer
     assert tokenizer.fingerprint == load_tokenizer(tmp_path / "tokenizer.json").fingerprint
     assert tokenizer.end_of_document == ByteTokenizer.end_of_document
 
 
+def test_a_chat_goes_into_the_model_folder(tmp_path, params):
+    metadata = {
+        "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
+        "tokenizer.ggml.bos_token_id": 257,
+        "tokenizer.ggml.eot_token_id": 10,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    cfg, found, tokenizer, template = load_gguf(
+        _write(tmp_path / "a.gguf", _tensors(params), **metadata)
+    )
+    config = dataclasses.replace(config_from_dict(base.get_config().to_dict()), model=cfg)
+    export_model(config, found, tokenizer, tmp_path / "model", template=template)
+    written = load_folder_tokenizer(tmp_path / "model")
+    assert written.start_ids == tokenizer.start_ids == (257,)
+    assert written.end_ids == tokenizer.end_ids == (256, 10)
+    text = load_chat_template(tmp_path / "model").render([{"role": "user", "content": "hi"}])
+    assert text == "abhi<|endoftext|>"
+
+
 REFUSED = [
+    ({"tokenizer.ggml.eos_token_id": "a"}, "tokenizer.ggml.eos_token_id = 'a': is no token"),
+    ({"tokenizer.ggml.eos_token_id": None}, "tokenizer.ggml.eos_token_id is missing"),
+    ({"tokenizer.ggml.eot_token_id": 258}, "tokenizer.ggml.eot_token_id = 258: is no token"),
+    ({"tokenizer.ggml.merges": [1]}, "tokenizer.ggml.merges: must be a list of strings"),
+    ({"tokenizer.ggml.merges": ["a zz"]}, "tokenizer.ggml.merges: "),
+    ({"tokenizer.chat_template": 3}, "tokenizer.chat_template = 3: must be a string"),
+    ({"int8": True}, "tensor output.weight: quantisation I8 is not supported"),
     ({"arch": "gemma"}, "general.architecture = 'gemma': must be 'llama'"),
     ({"llama.block_count": None}, "llama.block_count is missing"),
     ({"llama.block_count": 3}, "tensor blk.2.attn_norm.weight is missing"),
