@@ -76,7 +76,10 @@ class ChatTemplate(NamedTuple):
         answer = self._run({"template": self.source, "variables": variables})
         if "error" in answer:
             raise ImportedModelError(f"{self.path}: the chat template: {answer['error']}")
-        return answer["text"]
+        text = answer["text"]
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ImportedModelError(f"{self.path}: the chat template: writes half a character")
+        return text
 
     def _run(self, request: dict[str, Any]) -> dict[str, str]:
         command = [sys.executable, "-I", chat_render.__file__]

@@ -12,11 +12,12 @@ from asa_jax.interop.hugging_face_config import (
     yarn_mscale,
 )
 from asa_jax.interop.llama import (
+    IGNORED_TENSORS,
     common_sizes,
-    ignored_tensors,
     mlp_rows,
     norm_rows,
     outside_rows,
+    tied_tensors,
 )
 from asa_jax.interop.tensor_table import Part, Row, Table
 
@@ -143,7 +144,8 @@ def deepseek_table(cfg: ModelConfig, interleaved: bool = True, num_mtp_layers: i
         sizes,
         outside_rows(cfg),
         lambda layer: dense if layer < num_dense else mixed,
-        (*ignored_tensors(cfg), *behind),
+        (*IGNORED_TENSORS, *behind),
+        tied_tensors(cfg),
     )
 
 

@@ -55,6 +55,7 @@ def export_model(
         ConfigError: there is a folder that may not be replaced.
         UserError: a file cannot be written.
     """
+    output = Path(os.path.abspath(output))  # with a name, also where it is '.'
     check_output(output, overwrite=overwrite)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
@@ -148,8 +149,11 @@ def _tensor(
 ) -> np.ndarray:
     tensor = np.empty(places[0].row.tensor_shape(table.sizes), jnp.dtype(dtype))
     for place in places:
-        values = np.asarray(params[place.path][place.stacked]).astype(tensor.dtype)
-        place.row.write(tensor, values, table.sizes)
+        values = np.asarray(params[place.path][place.stacked])
+        with np.errstate(over="ignore"):  # told below
+            place.row.write(tensor, values.astype(tensor.dtype), table.sizes)
+    if dtype == "float16" and not np.isfinite(tensor).all():
+        raise UserError(f"{places[0].tensor}: has values beyond float16; export another --dtype")
     return tensor
 
 

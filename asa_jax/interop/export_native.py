@@ -5,6 +5,7 @@ is a parameter, with its dimensions as they are: `embedding.table`, `final_norm.
 layer `model.layers.3.attention.down.weight`. docs/interop.md lists them.
 """
 
+import dataclasses
 import string
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,19 @@ def native_table(cfg: ModelConfig) -> Table:
         flat = nnx.traversals.flatten_mapping(tree)
         return tuple(_row(path, leaf.shape, letters) for path, leaf in flat.items())
 
-    shapes = abstract_model(cfg)[1]
+    # Alike layers are traced once, so that config.json cannot make this take long.
+    dense = dataclasses.replace(cfg.experts, num_experts=0)
+    shapes = abstract_model(
+        dataclasses.replace(cfg, layer_kinds=cfg.layer_kinds[:1], experts=dense)
+    )[1]
     outside = rows({name: shapes[name] for name in ("embedding", "final_norm")})
-    layers = [rows(abstract_layer(i, cfg)[1]) for i in range(cfg.num_layers)]
+    num_dense = cfg.experts.num_dense_layers if cfg.experts.num_experts else cfg.num_layers
+    kinds = [(kind, i < num_dense) for i, kind in enumerate(cfg.layer_kinds)]
+    layers = {
+        kind: rows(abstract_layer(kinds.index(kind), cfg)[1]) for kind in dict.fromkeys(kinds)
+    }
     sizes = {letter: size for (_, size), letter in letters.items()}
-    return Table(sizes, outside, layers.__getitem__, ())
+    return Table(sizes, outside, lambda layer: layers[kinds[layer]], ())
 
 
 def _row(path: tuple[str, ...], shape: tuple[int, ...], letters: dict[tuple[int, int], str]) -> Row:

@@ -7,7 +7,7 @@ from absl import flags
 
 from asa_jax.errors import ConfigError
 from asa_jax.flags import parse_arguments
-from asa_jax.trained_run import read_run_config
+from asa_jax.trained_run import is_model_folder, read_run_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 GIGABYTE = 10**9
@@ -73,5 +73,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"--output={output}: exists; give another folder, or --overwrite")
-    if output.is_symlink() or not (output / "config.json").is_file():
+    # A run has a config.json too, and must not be lost.
+    if not output.is_dir() or output.is_symlink() or not is_model_folder(output):
         raise ConfigError(f"--output={output}: is no model folder, so it is not overwritten")
+    if any(path.is_dir() for path in output.iterdir()):
+        raise ConfigError(f"--output={output}: holds other folders, so it is not overwritten")

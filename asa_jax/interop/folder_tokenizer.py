@@ -29,7 +29,10 @@ def load_folder_tokenizer(folder: Path) -> Tokenizer:
     except UserError as error:
         raise ImportedModelError(str(error)) from None
     assert isinstance(tokenizer, JsonTokenizer)
-    tokenizer.start_ids = tokenizer.published_start()
+    try:
+        tokenizer.start_ids = tokenizer.published_start()
+    except Exception as error:  # the library raises bare Exception
+        raise ImportedModelError(f"{folder / 'tokenizer.json'}: reads no text ({error})") from None
     ends = (tokenizer.end_of_document_id, *_end_ids(folder, tokenizer.vocab_size))
     tokenizer.end_ids = tuple(dict.fromkeys(ends))
     return tokenizer

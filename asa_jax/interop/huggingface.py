@@ -146,12 +146,28 @@ def check_tensors(
                 f"{tensor.path}: tensor {tensor.name}: dtype {tensor.dtype} must be one of "
                 f"{', '.join(WEIGHT_DTYPES)}"
             )
-    known = {place.tensor for place in places}
+    for name, original in table.copies.items():
+        if name in tensors:
+            _check_copy(tensors[name], tensors[original])
+    known = {place.tensor for place in places} | table.copies.keys()
     for name in sorted(tensors.keys() - known):
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in table.ignored):
             raise ImportedModelError(
                 f"{tensors[name].path}: tensor {name} is not part of the model of config.json"
             )
+
+
+def _check_copy(copy: Tensor, original: Tensor) -> None:
+    alike = (copy.dtype, copy.shape) == (original.dtype, original.shape)
+    if not alike or not np.array_equal(_bytes(copy), _bytes(original)):
+        raise ImportedModelError(
+            f"{copy.path}: tensor {copy.name}: differs from {original.name}, to which "
+            "tie_word_embeddings of config.json ties it"
+        )
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.view().view(np.uint8)
 
 
 class _Source:

@@ -6,6 +6,10 @@ from asa_jax.config import ModelConfig
 from asa_jax.interop.hugging_face_config import HuggingFaceConfig, model_config
 from asa_jax.interop.tensor_table import Row, Table
 
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+# Some checkpoints hold them though they follow from config.json.
+IGNORED_TENSORS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+
 
 def read_llama(source: HuggingFaceConfig) -> ModelConfig:
     """Reads the config.json of a Llama or SmolLM2.
@@ -46,7 +50,7 @@ def llama_table(cfg: ModelConfig) -> Table:
         **common_sizes(cfg), "K": cfg.num_kv_heads, "H": cfg.head_dim,
     }  # fmt: skip
     rows = norm_rows() + attention_rows(cfg) + mlp_rows("mlp/", "mlp.", "F", cfg.mlp_bias)
-    return Table(sizes, outside_rows(cfg), _always(rows), ignored_tensors(cfg))
+    return Table(sizes, outside_rows(cfg), _always(rows), IGNORED_TENSORS, tied_tensors(cfg))
 
 
 def common_sizes(cfg: ModelConfig) -> dict[str, int]:
@@ -54,19 +58,18 @@ def common_sizes(cfg: ModelConfig) -> dict[str, int]:
     return {"V": cfg.vocab_size, "D": cfg.hidden_size, "N": cfg.num_heads, "F": cfg.mlp_size}
 
 
-def ignored_tensors(cfg: ModelConfig) -> tuple[str, ...]:
-    """Tensors that some checkpoints hold though they follow from the rest."""
-    tied = ("lm_head.weight",) if cfg.tie_embeddings else ()
-    return ("model.layers.*.self_attn.rotary_emb.inv_freq", *tied)
+def tied_tensors(cfg: ModelConfig) -> dict[str, str]:
+    """Tensors that some checkpoints hold though they are others once more."""
+    return {OUTPUT: EMBEDDING} if cfg.tie_embeddings else {}
 
 
 def outside_rows(cfg: ModelConfig) -> tuple[Row, ...]:
     """Rows of embeddings and final norm."""
     rows = (
-        Row("embedding/table", "model.embed_tokens.weight", "V D", "VD"),
+        Row("embedding/table", EMBEDDING, "V D", "VD"),
         Row("final_norm/scale", "model.norm.weight", "D", "D"),
     )
-    output = Row("embedding/output", "lm_head.weight", "V D", "DV")
+    output = Row("embedding/output", OUTPUT, "V D", "DV")
     return rows if cfg.tie_embeddings else (*rows, output)
 
 

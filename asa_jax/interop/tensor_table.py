@@ -10,6 +10,7 @@ table gives. Rows of layers leave out the path of the layer on both sides.
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -71,12 +72,14 @@ class Table(NamedTuple):
         outside: rows of what is in no layer.
         layer: gives the rows of a layer.
         ignored: patterns of tensors that the model has no use for.
+        copies: tensors that may be there too, by the name of the one that they must equal.
     """
 
     sizes: Mapping[str, int]
     outside: tuple[Row, ...]
     layer: Callable[[int], tuple[Row, ...]]
     ignored: tuple[str, ...]
+    copies: Mapping[str, str] = MappingProxyType({})
 
 
 class Place(NamedTuple):

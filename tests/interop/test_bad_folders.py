@@ -1,6 +1,7 @@
 """Model folders that cannot be imported: one line that names file and tensor, exit code 2."""
 
 import copy
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -12,11 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from asa_jax.config import config_from_dict
+from asa_jax.data.tokenizer import ByteTokenizer
 from asa_jax.errors import ImportedModelError
+from asa_jax.interop import convert
 from asa_jax.interop.architectures import read_architecture
+from asa_jax.interop.export_folder import export_model
 from asa_jax.interop.huggingface import load_model
-from tests.interop.reference_cases import CASES, write_model
+from configs import base
+from tests.interop.reference_cases import CASES, TOKENIZER, write_model
+from tests.models import random_params, tiny_model_config
 
+NO_TEXT = TOKENIZER | {"model": TOKENIZER["model"] | {"unk_token": "absent"}}
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -73,6 +81,7 @@ def test_truncated_file(tmp_path, monkeypatch):
         ("config.json", "[]", "config.json: must hold a JSON object"),
         ("tokenizer.json", None, "tokenizer.json: cannot read the tokenizer"),
         ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer.json"),
+        ("tokenizer.json", json.dumps(NO_TEXT), "tokenizer.json: reads no text"),
         ("tokenizer_config.json", '{"eos_token": 3}', "eos_token = 3: must be a token"),
         ("tokenizer_config.json", '{"eos_token": "<x>"}', "has no token '<x>'"),
         ("generation_config.json", '{"eos_token_id": 48}', "eos_token_id = 48: must be a token"),
@@ -184,7 +193,6 @@ def test_any_value_of_any_field_gives_a_model_or_one_line(data):
 @pytest.mark.parametrize(
     ("name", "config", "tensor"),
     [
-        ("smollm2", {}, "lm_head.weight"),
         ("smollm2", {}, "model.layers.1.self_attn.rotary_emb.inv_freq"),
         ("deepseek_v3", {"num_nextn_predict_layers": 1}, "model.layers.3.eh_proj.weight"),
     ],
@@ -193,6 +201,37 @@ def test_tensors_without_use_are_left_out(tmp_path, name, config, tensor):
     path = write_model(tmp_path, CASES[name] | config) / "model.safetensors"
     save_file(load_file(path) | {tensor: np.zeros(3, np.float32)}, path)
     load_model(tmp_path)
+
+
+def test_a_tied_embedding_may_be_given_twice_but_not_otherwise(tmp_path, monkeypatch):
+    path = write_model(tmp_path, CASES["smollm2"]) / "model.safetensors"
+    tensors = load_file(path)
+    table = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": table}, path)
+    load_model(tmp_path)
+    _refuse_arrays(monkeypatch)
+    message = "model.safetensors: tensor lm_head.weight: differs from model.embed_tokens.weight"
+    for other in (table + 1, table[:, :4].copy(), table.astype(np.float16)):
+        save_file(tensors | {"lm_head.weight": other}, path)
+        _expect(message, load_model, tmp_path)
+
+
+def test_many_layers_in_a_config_are_refused_soon(tmp_path, monkeypatch):
+    """One of each kind is traced, however many there are said to be."""
+    config = config_from_dict(base.get_config().to_dict())
+    model = tiny_model_config(("local", "global"), vocab_size=257)
+    config, params = dataclasses.replace(config, model=model), random_params(model)
+    export_model(config, params, ByteTokenizer(), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    fields = json.loads(path.read_text())
+    fields["model"]["layer_kinds"] *= 500
+    path.write_text(json.dumps(fields))
+    traced, abstract_layer = [], convert.abstract_layer
+    monkeypatch.setattr(
+        convert, "abstract_layer", lambda *a: traced.append(a) or abstract_layer(*a)
+    )
+    _expect("tensor model.layers.2.attention.", load_model, tmp_path / "model")
+    assert len(traced) == 2
 
 
 def _refuse_arrays(monkeypatch):

@@ -98,6 +98,7 @@ HOSTILE = [
     ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
     ("{% set _ = messages.append(1) %}", "access to attribute 'append' of 'list' object is unsafe"),
     ("{{ 'a' * 10**10 }}", "needs more than 536870912 bytes of memory"),
+    ("{{ '\\ud800' }}", "writes half a character"),
     ("{{ 'a' * 2**25 }}", "makes a text of 33554432 characters"),
     ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 
 from asa_jax.config import Config, MeshConfig, ModelConfig, config_from_dict
 from asa_jax.data.tokenizer import ByteTokenizer, load_tokenizer
-from asa_jax.errors import CheckpointError, ConfigError, ImportedModelError
+from asa_jax.errors import CheckpointError, ConfigError, ImportedModelError, UserError
 from asa_jax.interop.export_folder import export_model
 from asa_jax.interop.export_transformers import transformers_type
 from asa_jax.interop.huggingface import load_model
@@ -193,6 +194,29 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     with pytest.raises(ConfigError, match="is no model folder, so it is not overwritten"):
         export_model(config, params, ByteTokenizer(), tmp_path / "home", overwrite=True)
+
+
+def test_what_is_not_a_model_folder_alone_is_not_overwritten(tmp_path, monkeypatch):
+    config, model = CASES["mla"], tmp_path / "model"
+    params = random_params(config.model)
+    export_model(config, params, ByteTokenizer(), model)
+    monkeypatch.chdir(model)
+    export_model(config, params, ByteTokenizer(), Path("."), overwrite=True)
+    (model / "runs").mkdir()
+    with pytest.raises(ConfigError, match="holds other folders, so it is not overwritten"):
+        export_model(config, params, ByteTokenizer(), model, overwrite=True)
+    (model / "config.json").write_text('{"model": {}}')  # as of a run
+    with pytest.raises(ConfigError, match="is no model folder, so it is not overwritten"):
+        export_model(config, params, ByteTokenizer(), model, overwrite=True)
+
+
+def test_values_that_a_dtype_does_not_have_are_refused(tmp_path):
+    config = CASES["asa"]
+    params = random_params(config.model)
+    params["final_norm"]["scale"] *= 1e6
+    with pytest.raises(UserError, match=r"final_norm\.scale: has values beyond float16"):
+        export_model(config, params, ByteTokenizer(), tmp_path / "model", dtype="float16")
+    assert not list(tmp_path.iterdir())
 
 
 def _full_disk(*_: Any) -> None:
