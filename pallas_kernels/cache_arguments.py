@@ -15,6 +15,14 @@ def check_cache(
     lengths: jax.Array,
 ) -> None:
     """Raises ValueError unless a query [B, N, H] a row and its cache of keys fit together."""
+    check_keys(query, key, value, rope_key)
+    check_integers("lengths", lengths, query.shape[:1])
+
+
+def check_keys(
+    query: jax.Array, key: jax.Array, value: jax.Array | None, rope_key: jax.Array | None
+) -> None:
+    """Raises ValueError unless a query [B, N, H] a row and keys and values fit together."""
     if query.ndim != 3:
         raise ValueError(f"query: expected [B, N, H], got shape {list(query.shape)}")
     if key.ndim != 4:
@@ -32,7 +40,6 @@ def check_cache(
         if value.ndim != 4:
             raise ValueError(f"value: expected [B, S, K, h], got shape {list(value.shape)}")
         check_shape("value", value, (*key.shape[:3], value.shape[3]))
-    check_integers("lengths", lengths, (batch,))
 
 
 def check_lists(query: jax.Array, key: jax.Array, block_indices: jax.Array) -> None:

@@ -85,7 +85,7 @@ class DecodeCase:
     def arguments(self, batch: int, context: int) -> dict[str, jax.Array]:
         """Random arguments of `run` for rows of `context` tokens."""
         shapes = self.shapes(batch, context)
-        arrays = {name: _draw(i, shape) for i, (name, shape) in enumerate(shapes.items())}
+        arrays = {name: draw(i, shape) for i, (name, shape) in enumerate(shapes.items())}
         if self.op == "lists":
             group = self.queries_per_selection
             context = (context - 1) // group * group + (1 if self.starts_list or group == 1 else 2)
@@ -147,7 +147,7 @@ class DecodeCase:
         return self.cache_bytes(batch, context) + batch * (of_query + of_output)
 
 
-def _draw(seed: int, shape: tuple[int, ...]) -> jax.Array:
+def draw(seed: int, shape: tuple[int, ...]) -> jax.Array:
     """Normal numbers that repeat along axis 1, so that large arrays take no more to draw."""
     batch, length = shape[:2]
     pattern = jax.random.normal(jax.random.key(seed), (PERIOD, *shape[2:]), jnp.bfloat16)

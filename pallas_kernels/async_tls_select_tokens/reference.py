@@ -1,0 +1,71 @@
+"""Definition of async_tls_select_tokens in XLA."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.masked_attention import statistics_dtype
+from pallas_kernels.token_lists import MAX_KEPT_BLOCKS, competing_blocks, list_best
+
+
+class Labels(NamedTuple):
+    """Labels of tokens: some channels of their keys in four bits, zero + step * code.
+
+    Attributes:
+      codes: uint8 [B, K, S, r / 2].
+      step: float16 [B, K, S].
+      zero: float16 [B, K, S].
+    """
+
+    codes: Any
+    step: Any
+    zero: Any
+
+
+def async_tls_select_tokens(
+    query: jax.Array,
+    labels: Labels,
+    block_indices: jax.Array,
+    lengths: jax.Array,
+    token_budget: int,
+    block_size: int,
+    scale: float,
+) -> jax.Array:
+    """See `api.async_tls_select_tokens`; gathers the labels of the blocks."""
+    batch, num_kv_heads, num_listed = block_indices.shape
+    lengths = lengths[:, None, None]
+    competes, kept = competing_blocks(block_indices, lengths, block_size)
+    positions = block_indices[..., None] * block_size + jnp.arange(block_size)
+    positions = positions.reshape(batch, num_kv_heads, num_listed * block_size)
+    competes, kept = (
+        jnp.repeat(x, block_size, axis=2) & (positions < lengths) for x in (competes, kept)
+    )
+    weights = _weights(query, labels, positions, competes, scale)
+    columns = list_best(
+        jnp.where(competes, weights, -jnp.inf), kept, token_budget, MAX_KEPT_BLOCKS * block_size
+    )
+    chosen = jnp.take_along_axis(positions, jnp.maximum(columns, 0), axis=2)
+    return jnp.where(columns >= 0, chosen, -1)
+
+
+def _weights(
+    query: jax.Array, labels: Labels, positions: jax.Array, competes: jax.Array, scale: float
+) -> jax.Array:
+    """Softmax of label scores over those that compete, summed over query heads: [B, K, s]."""
+    grouped = query.reshape(*positions.shape[:2], -1, query.shape[2])
+    codes = jnp.take_along_axis(labels.codes, positions[..., None], axis=2, mode="clip")
+    step, zero = (
+        jnp.take_along_axis(x, positions, axis=2, mode="clip") for x in (labels.step, labels.zero)
+    )
+    scores = scale * label_scores(grouped, Labels(codes, step, zero))
+    return jax.nn.softmax(scores, axis=-1, where=competes[:, :, None]).sum(2)
+
+
+def label_scores(query: jax.Array, labels: Labels) -> jax.Array:
+    """Scores [B, K, G, S] of queries [B, K, G, r] against labels over [B, K, S]."""
+    sums = statistics_dtype(query.dtype)
+    codes = jnp.concatenate([labels.codes & 15, labels.codes >> 4], axis=-1).astype(query.dtype)
+    products = jnp.einsum("BKGR,BKSR->BKGS", query, codes, preferred_element_type=sums)
+    step, zero = (x.astype(sums)[:, :, None] for x in (labels.step, labels.zero))
+    return step * products + zero * query.astype(sums).sum(-1)[..., None]

@@ -1,0 +1,123 @@
+"""Copies of single rows from memory into the tiles of a warpgroup, which Pallas has no words for.
+
+Bulk copies write at least eight rows of a tile at once. Here every thread of a warpgroup copies
+16 bytes at a time, asynchronously, to where the swizzle puts them; the place of a row comes from a
+list in shared memory. Interpret mode knows no such instructions and copies the rows one by one.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array, utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, nvvm
+
+from pallas_kernels.mosaic import tiles
+
+COPY_BYTES = 16
+
+
+def gather_rows(rows_ref: Any, source_ref: Any, target_ref: Any, *, interpret: Any) -> None:
+    """Starts copies of rows to a tile; `commit_gathers` ends a group of them.
+
+    Args:
+      rows_ref: int32 [64] in shared memory, rows of the source; the first for a negative one.
+      source_ref: [S, width] in memory, numbers of a row side by side.
+      target_ref: [64, width] in shared memory, as from `tiles.tiled`.
+      interpret: Parameters of interpret mode.
+    """
+    if interpret:
+        return _copy_one_by_one(rows_ref, source_ref, target_ref)
+    width, dtype = target_ref.shape[-1], target_ref.dtype
+    tiling, swizzle = tiles.transforms(width, dtype)
+    of_target = plgpu.RefType((tiling, swizzle))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), of_target))
+    def start(_, rows, source, target):
+        _start_copies(rows, source, target, swizzle.swizzle)
+
+    start(rows_ref, source_ref, target_ref)
+
+
+def commit_gathers(*, interpret: Any) -> None:
+    """Makes the copies started since the last call a group, which may be empty."""
+    if not interpret:
+        _emit(nvvm.cp_async_commit_group)
+
+
+def wait_gathers(groups_left: int, *, interpret: Any) -> None:
+    """Waits until at most so many groups, the latest ones, are under way.
+
+    A thread waits for its own copies: `plgpu.commit_smem` shows them to the others.
+    """
+    if not interpret:
+        _emit(nvvm.cp_async_wait_group, groups_left)
+
+
+def _emit(instruction: Callable[..., Any], *operands: Any) -> None:
+    """Puts an instruction without results into the kernel."""
+
+    @plgpu.inline_mgpu()
+    def emit(_):
+        instruction(*operands)
+
+    emit()
+
+
+def _start_copies(rows: Any, source: Any, target: Any, swizzle: int) -> None:
+    utils.warpgroup_barrier()  # the products of all warps have been waited for
+    i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
+    source_type, target_type = ir.MemRefType(source.type), ir.MemRefType(target.type)
+    element = source_type.element_type
+    (row_stride, _), _ = source_type.get_strides_and_offset()
+    row_tiles, column_tiles = target_type.shape[-4:-2]
+    layout = fragmented_array.tiled_copy_smem_gmem_layout(
+        row_tiles, column_tiles, swizzle, utils.bitwidth(element)
+    )
+    assert layout.vector_length * utils.bitwidth(element) == 8 * COPY_BYTES
+
+    def of_thread(strides):
+        """This thread's part of an index, of those that lie `strides` apart in a row and column."""
+        tiled = [utils.c(s, i32) for s in layout.tiling.tile_strides(strides)[len(strides) :]]
+        lane, warp = layout.lane_indices(), layout.warp_indices()
+        return arith.addi(utils.dyn_dot(lane, tiled), utils.dyn_dot(warp, tiled))
+
+    row, column = of_thread((1, 0)), arith.extui(i64, of_thread((0, 1)))
+    rows_pointer, source_pointer = utils.memref_ptr(rows), utils.memref_ptr(source)
+    source_pointer = llvm.addrspacecast(llvm.PointerType.get(address_space=1), source_pointer)
+    of_row: dict[int, Any] = {}
+
+    def pointer(first_row):
+        """Where this thread's part begins, of the row on the list that stands at `first_row`."""
+        if first_row not in of_row:
+            place = utils.getelementptr(rows_pointer, [row], i32)
+            place = utils.getelementptr(place, [first_row], i32)
+            number = arith.maxsi(llvm.load(i32, place), utils.c(0, i32))
+            number = arith.extui(i64, number)
+            offset = arith.addi(arith.muli(number, utils.c(row_stride, i64)), column)
+            of_row[first_row] = utils.getelementptr(source_pointer, [offset], element)
+        return of_row[first_row]
+
+    shape = (tiles.ROWS, source_type.shape[1])
+    transfers = mgpu.FragmentedArray.transfer_tiled(target, swizzle, layout, shape, optimized=False)
+    for _, _, first_place, target_pointer in transfers:
+        first_row, first_column = first_place()
+        begin = utils.getelementptr(pointer(first_row), [first_column], element)
+        nvvm.cp_async_shared_global(
+            target_pointer, begin, COPY_BYTES, nvvm.LoadCacheModifierKind.CG
+        )
+
+
+def _copy_one_by_one(rows_ref: Any, source_ref: Any, target_ref: Any) -> None:
+    def copy(i: jax.Array, _: Any) -> None:
+        target_ref[pl.ds(i, 1)] = source_ref[pl.ds(jnp.maximum(rows_ref[i], 0), 1)]
+
+    lax.fori_loop(0, tiles.ROWS, copy, None)
