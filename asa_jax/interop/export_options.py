@@ -57,6 +57,8 @@ def parse_options() -> Options:
     if (workdir is None) == (gguf is None):
         raise ConfigError("--workdir, --gguf: give one of them")
     check_output(output, overwrite=given.overwrite)
+    if workdir is not None and is_model_folder(workdir):
+        raise ConfigError(f"--workdir={workdir}: is a model folder already; give a run directory")
     if workdir is not None:
         read_run_config(workdir)
     max_bytes = int(given.max_file_gb * GIGABYTE)

@@ -89,8 +89,12 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
     places = _read_index(folder)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
-        held = open_file(folder / file)
         named = {name for name, place in places.items() if place == file}
+        if not (folder / file).exists():
+            raise ImportedModelError(
+                f"{folder / file}: is missing; by {INDEX_FILE} it holds tensor {min(named)}"
+            )
+        held = open_file(folder / file)
         for name in sorted(named ^ held.keys()):
             where = "is in the index, but not in the file" if name in named else "is not of it in"
             raise ImportedModelError(f"{folder / file}: tensor {name} {where} {INDEX_FILE}")

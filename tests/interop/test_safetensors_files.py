@@ -46,7 +46,7 @@ def test_sharded_folder(tmp_path):
         ("/etc/two.safetensors", "must name a safetensors file of the same folder"),
         ("..", "must name a safetensors file of the same folder"),
         (3, "tensor b: 3 must name"),
-        ("three.safetensors", "three.safetensors: cannot be read (No such file"),
+        ("three.safetensors", "three.safetensors: is missing; by model.safetensors.index.json it"),
         ("one.safetensors", "tensor b is in the index, but not in the file"),
     ],
 )
