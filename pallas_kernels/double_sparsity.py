@@ -5,6 +5,7 @@ many do not fit into the registers of a program: the kernel lists the best of ea
 and then the best of these, which is exact and no sort.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -67,6 +68,7 @@ def best_tokens(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("num_columns", "size", "max_kept", "interpret"))
 def best_of_ranges(
     weights: jax.Array, num_columns: int, size: int, max_kept: int, *, interpret: Any = None
 ) -> jax.Array:

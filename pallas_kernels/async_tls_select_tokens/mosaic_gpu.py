@@ -28,6 +28,7 @@ from pallas_kernels.mosaic.largest_columns import COLUMNS, KEPT, MAX_COLUMNS, NE
 from pallas_kernels.mosaic.tiles import ROWS
 from pallas_kernels.token_lists import MAX_KEPT_BLOCKS, competing_blocks
 
+PROGRAMS = 2 * MULTIPROCESSORS
 BLOCKS_OF_PROGRAM = (16, 8, 4, 2, 1)
 LISTED_MULTIPLE = COLUMNS // ROWS  # of the entries of a list, padded
 HALVES = 2  # of a byte of codes
@@ -52,14 +53,17 @@ class Split:
 
 
 def split_of(num_rows: int, num_listed: int) -> Split:
-    """Chooses the most entries of a program with which every multiprocessor has one.
+    """Chooses the most entries of a program with which every multiprocessor has several.
+
+    What a program does to a block is a chain of short steps, each of which waits for the one
+    before; other programs fill the gaps.
 
     Args:
       num_rows: Rows of the batch times key heads.
       num_listed: Entries of a list.
     """
     splits = [Split(num_listed, each) for each in BLOCKS_OF_PROGRAM]
-    return next((s for s in splits if num_rows * s.count >= MULTIPROCESSORS), splits[-1])
+    return next((s for s in splits if num_rows * s.count >= PROGRAMS), splits[-1])
 
 
 # Compiled by itself, so that layers of the same sizes are lowered once.
@@ -119,6 +123,7 @@ def check_supported(
         raise NotImplementedError(f"block_indices: {num_columns} tokens are over {max_columns}")
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "each", "interpret"))
 def token_weights(
     query: jax.Array,
     labels: Labels,

@@ -20,7 +20,7 @@ from pallas_kernels.async_tls_select_tokens import mosaic_gpu as tokens_kernel
 from pallas_kernels.async_tls_select_tokens import reference as tokens_reference
 from pallas_kernels.async_tls_select_tokens.reference import Labels
 from pallas_kernels.double_sparsity import best_of_ranges
-from pallas_kernels.mosaic.key_walk import MULTIPROCESSORS
+from pallas_kernels.mosaic import decode
 from pallas_kernels.mosaic.largest_columns import KEPT, NEVER, largest_columns
 from pallas_kernels.token_lists import list_best
 
@@ -88,14 +88,14 @@ def test_says_what_it_does_not_take(change, method, context, message, hopper):
         jax.eval_shape(lambda x: case.run(method, x, "mosaic_gpu"), arguments)
 
 
-def test_programs_read_the_most_blocks_that_leave_no_multiprocessor_idle():
+def test_programs_read_the_most_blocks_with_which_all_multiprocessors_are_busy():
     for num_rows in (1, 8, 64, 300):
         for num_listed in (8, 131, 1536):
             split = tokens_kernel.split_of(num_rows, num_listed)
             assert split.count * split.each >= num_listed
             assert split.count * split.each % 8 == 0
-            fills = num_rows * split.count >= MULTIPROCESSORS
-            assert fills or split.each == 1
+            enough = num_rows * split.count >= tokens_kernel.PROGRAMS
+            assert enough or split.each == 1
     assert tokens_kernel.split_of(64, 131).each > 1
 
 
@@ -160,6 +160,17 @@ def test_interpreted_tokens_match_the_definition():
     query = query.astype(jnp.float32)
     wanted = tokens_reference.async_tls_select_tokens(query, *rest)
     chex.assert_trees_all_equal(actual, wanted)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_merge_is_that_of_dense_decoding(splits):
+    random = np.random.default_rng(4)
+    outputs = jnp.asarray(random.standard_normal((2, 3, splits, 2, 8, 16)), jnp.float32)
+    lse = jnp.asarray(random.standard_normal((2, 3, splits, 64)), jnp.float32)
+    lse = lse.at[0, 1].set(-jnp.inf).at[1, 2, 0].set(-jnp.inf)
+    outputs = jnp.where(lse[:, :, :, None, :8, None] == -jnp.inf, 0, outputs)
+    actual = attention_kernel.merge(outputs, lse, 12)
+    chex.assert_trees_all_close(actual, decode.merge(outputs, lse, 12), atol=1e-6)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
