@@ -12,6 +12,7 @@ or the grid is wrong; 130 or 143 Ctrl-C or SIGTERM stopped it, after trainers ha
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -26,6 +27,7 @@ if __name__ == "__main__":
 from asa_jax.errors import ConfigError, UserError
 from asa_jax.flags import PROJECT
 from experiments.grid import load_grid
+from experiments.results import write_grid
 from experiments.runner import Runner, make_slots
 from experiments.stages import make_stages
 
@@ -37,6 +39,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="default: runs/ and the name of the grid")
     parser.add_argument("--arms", help="models of the grid to work on, with commas between")
     parser.add_argument("--gpu", default="", help="GPUs, with commas between; twice: two at a time")
+    parser.add_argument("--choices", default="", help="multiple-choice files, commas between")
     parser.add_argument("--time_limit_s", type=float, help="stop after so many seconds")
     options = parser.parse_args(arguments)
     options.grid = options.grid.resolve()
@@ -55,11 +58,14 @@ def run(options: argparse.Namespace, environment: dict[str, str]) -> int:
     if options.time_limit_s is not None:
         deadline = time.monotonic() + options.time_limit_s
     grid = load_grid(options.grid)
+    if options.choices:
+        grid = dataclasses.replace(grid, choices=tuple(options.choices.split(",")))
     models = options.arms.split(",") if options.arms else None
     for model in models or ():
         if model not in grid.seeds:
             raise ConfigError(f"--arms: '{model}' must be one of {', '.join(grid.seeds)}")
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(output.absolute() / "compiled"))
+    write_grid(output, grid)
     slots = make_slots([gpu for gpu in options.gpu.split(",") if gpu])
     stages = make_stages(grid, output, models)
     return Runner(stages, output, slots, environment, deadline).run()

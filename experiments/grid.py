@@ -38,6 +38,7 @@ class Grid:
         learning_rates: of which each model takes the one of the least validation loss.
         sweep: the short runs that find it; unused where there is one rate.
         evaluation: flags of eval.py after training: validation loss by part and position.
+        choices: files of multiple-choice examples for eval.py, first seed of each model.
         copying: flags of `experiments.copying`.
         fine_tuning: on synthetic tasks; None: retrieval is not measured.
         tasks: flags of `experiments.tasks`, which makes their training data.
@@ -62,6 +63,7 @@ class Grid:
     sweep: Training = Training(settings={})
     evaluation: Settings
     copying: Settings
+    choices: tuple[str, ...] = ()
     fine_tuning: Training | None = None
     tasks: Settings = dataclasses.field(default_factory=dict)
     retrieval: Settings = dataclasses.field(default_factory=dict)

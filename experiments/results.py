@@ -1,18 +1,22 @@
 """What a comparison has measured: one JSON file for each finished stage of each run.
 
+    OUTPUT/results/grid.json               what is compared
     OUTPUT/results/45m_asa_s0/train.json
 
 They are written whole or not at all, and are all that the report reads.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from asa_jax.errors import DataError
+from experiments.grid import Grid
 
 RESULTS = "results"
+GRID = "grid.json"
 
 
 def result_path(output: Path, run: str, stage: str) -> Path:
@@ -22,7 +26,15 @@ def result_path(output: Path, run: str, stage: str) -> Path:
 
 def write_result(output: Path, run: str, stage: str, content: Mapping[str, Any]) -> None:
     """Writes the result of a stage, which is then finished."""
-    path = result_path(output, run, stage)
+    _write(result_path(output, run, stage), content)
+
+
+def write_grid(output: Path, grid: Grid) -> None:
+    """Writes what the results belong to."""
+    _write(output / RESULTS / GRID, dataclasses.asdict(grid))
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(content) + "\n")
@@ -36,8 +48,22 @@ def read_result(output: Path, run: str, stage: str) -> dict[str, Any] | None:
         DataError: the file is damaged.
     """
     path = result_path(output, run, stage)
+    return _read(path) if path.exists() else None
+
+
+def read_grid(output: Path) -> dict[str, Any]:
+    """The fields of the Grid that the results belong to.
+
+    Raises:
+        DataError: there are no results.
+    """
+    path = output / RESULTS / GRID
     if not path.exists():
-        return None
+        raise DataError(f"{path}: missing; give the --output of an experiments.compare")
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:

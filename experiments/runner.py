@@ -82,6 +82,7 @@ class Runner:
         self._stages = list(stages)
         self._seconds: dict[str, list[float]] = {}
         self._done = {stage.key for stage in stages if self._is_finished(stage)}
+        self._done -= {stage.key for stage in stages if self._is_wanted_again(stage)}
         self._failed: dict[tuple[str, str], str] = {}
         self._running: dict[Slot, Running] = {}
         self._stopped: int | None = None
@@ -133,6 +134,14 @@ class Runner:
         if result is not None:
             self._seconds.setdefault(stage.name, []).append(result["stage_seconds"])
         return result is not None
+
+    def _is_wanted_again(self, stage: Stage) -> bool:
+        """Whether what it left is gone, as on another machine, and a stage to come reads it."""
+        if stage.leaves is None or stage.leaves.exists():
+            return False
+        return any(
+            stage.key in other.needs for other in self._stages if other.key not in self._done
+        )
 
     def _start_stages(self) -> bool:
         """Starts what can be started; returns whether anything was."""

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from asa_jax.data.shards import MANIFEST
 from asa_jax.training.compare import summarise
 from asa_jax.training.metrics import read_metrics
 from asa_jax.training.run_directory import CHECKPOINTS, CONFIG
@@ -29,6 +30,7 @@ class Stage:
         collect: reads what the command left, given its output.
         alone: it is timed, so nothing else may use its GPU.
         workdir: run directory of a training, for progress.
+        leaves: a file that stages which need this one read; made again if it is gone.
     """
 
     run: str
@@ -39,6 +41,7 @@ class Stage:
     collect: Callable[[str], dict[str, Any]]
     alone: bool = False
     workdir: Path | None = None
+    leaves: Path | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -107,7 +110,12 @@ def _shared_stages(grid: Grid, output: Path) -> list[Stage]:
     def collect(said: str) -> dict[str, Any]:
         return {"said": said.strip()}
 
-    return [Stage(run=SHARED, name="tasks", command=lambda: command, collect=collect)]
+    return [
+        Stage(
+            run=SHARED, name="tasks", command=lambda: command, collect=collect,
+            leaves=folder / MANIFEST,
+        )
+    ]  # fmt: skip
 
 
 def _tasks_folder(output: Path) -> Path:
@@ -147,6 +155,9 @@ class _RunStages:
         yield self._train()
         yield self._eval("evaluate", "train", self._workdir(), grid.evaluation)
         yield self._copying()
+        if is_first and grid.choices:
+            files = [f"--multiple_choice={file}" for file in grid.choices]
+            yield self._eval("choices", "train", self._workdir(), {"tasks": ""}, files)
         if is_first and grid.speed is not None:
             yield self._timed("speed", ["-m", "asa_jax.training.speed"], grid.speed)
         if is_first and self.model in grid.continued and grid.continuation:
@@ -231,7 +242,14 @@ class _RunStages:
         )  # fmt: skip
 
     def _eval(
-        self, stage: str, trained: str, workdir: Path, flags: Settings, *, is_last: bool = False
+        self,
+        stage: str,
+        trained: str,
+        workdir: Path,
+        flags: Settings,
+        more_flags: Sequence[str] = (),
+        *,
+        is_last: bool = False,
     ) -> Stage:
         """A run of eval.py; `is_last`: nothing else needs the parameters that it reads."""
         folder = self.output / "runs" / self.name / f"{stage}_report"
@@ -242,7 +260,9 @@ class _RunStages:
                 _drop_checkpoints(workdir)
             return {name: value for name, value in report.items() if name != "config"}
 
-        command = ["eval.py", f"--workdir={workdir}", f"--output={folder}", *_flags(flags)]
+        command = [
+            "eval.py", f"--workdir={workdir}", f"--output={folder}", *_flags(flags), *more_flags,
+        ]  # fmt: skip
         return Stage(
             run=self.name, name=stage, needs=((self.name, trained),), checkpoint=workdir,
             command=lambda: command, collect=collect,
