@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.async_tls_select_tokens.reference import Labels
-from pallas_kernels.mosaic import largest_columns, tiles
+from pallas_kernels.mosaic import gather, largest_columns, tiles
 from pallas_kernels.mosaic.decode import COPY_ROWS
-from pallas_kernels.mosaic.key_walk import MULTIPROCESSORS, copy_all
+from pallas_kernels.mosaic.key_walk import MULTIPROCESSORS
 from pallas_kernels.mosaic.largest_columns import COLUMNS, KEPT, MAX_COLUMNS, NEVER
 from pallas_kernels.mosaic.tiles import ROWS
 from pallas_kernels.token_lists import MAX_KEPT_BLOCKS, competing_blocks
@@ -62,7 +62,8 @@ def split_of(num_rows: int, num_listed: int) -> Split:
       num_rows: Rows of the batch times key heads.
       num_listed: Entries of a list.
     """
-    splits = [Split(num_listed, each) for each in BLOCKS_OF_PROGRAM]
+    padded = num_listed + -num_listed % LISTED_MULTIPLE
+    splits = [Split(num_listed, each) for each in BLOCKS_OF_PROGRAM if padded % each == 0]
     return next((s for s in splits if num_rows * s.count >= PROGRAMS), splits[-1])
 
 
@@ -179,14 +180,15 @@ def _call(arrays, lse, *, split: Split, group: int, exponent: float, interpret: 
             listed = entries_ref[*place, jnp.minimum(index, split.num_listed - 1)]
             return jnp.where(index < split.num_listed, listed, -1)
 
-        copies = [(q_ref.at[place], q_s)]
-        for i, block in enumerate([block_of(i) for i in range(each)]):
-            tokens = pl.ds(jnp.maximum(block, 0) * ROWS, ROWS)
-            sources = (ref.at[*place, tokens] for ref in (codes_ref, step_ref, zero_ref))
-            targets = (ref.at[i] for ref in (codes_s, step_s, zero_s))
-            copies += zip(sources, targets, strict=True)
-        copy_all(copies, bar)
+        plgpu.copy_gmem_to_smem(q_ref.at[place], q_s, bar)
+        for source_ref, target_s in ((codes_ref, codes_s), (step_ref, step_s), (zero_ref, zero_s)):
+            source, first = source_ref.at[place], program * each
+            entries = entries_ref.at[place]
+            gather.copy_blocks(entries, first, source, target_s, interpret=interpret)
+        gather.commit_gathers(interpret=interpret)
         plgpu.barrier_wait(bar)
+        gather.wait_gathers(0, interpret=interpret)
+        plgpu.commit_smem()
         tile = _LabelTile(q_s, codes_s, step_s, zero_s, exponent, interpret)
         if lse_ref is None:
             result_s[...] = _log_sum_exp(tile, block_of, length)
@@ -221,7 +223,7 @@ def _call(arrays, lse, *, split: Split, group: int, exponent: float, interpret: 
             "step_s": plgpu.SMEM((each, ROWS), jnp.float16),
             "zero_s": plgpu.SMEM((each, ROWS), jnp.float16),
             "result_s": plgpu.SMEM(of_program, jnp.float32),
-            "bar": plgpu.Barrier(num_arrivals=1 + 3 * each),
+            "bar": plgpu.Barrier(num_arrivals=1),
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,

@@ -1,12 +1,13 @@
-"""Copies of single rows from memory into the tiles of a warpgroup, which Pallas has no words for.
+"""Copies of listed rows and blocks from memory, in a way that Pallas has no words for.
 
-Bulk copies write at least eight rows of a tile at once. Here every thread of a warpgroup copies
-16 bytes at a time, asynchronously, to where the swizzle puts them; the place of a row comes from a
-list in shared memory. Interpret mode knows no such instructions and copies the rows one by one.
+A bulk copy writes at least eight rows of a tile, and costs an arrival of each thread at a barrier.
+Here every thread of a warpgroup copies 16 bytes at a time, asynchronously, to where they belong;
+what is copied, a list says. Interpret mode knows no such instructions and copies one by one.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm
 from pallas_kernels.mosaic import tiles
 
 COPY_BYTES = 16
+THREADS = 128  # of a warpgroup
 
 
 def gather_rows(rows_ref: Any, source_ref: Any, target_ref: Any, *, interpret: Any) -> None:
@@ -45,6 +47,29 @@ def gather_rows(rows_ref: Any, source_ref: Any, target_ref: Any, *, interpret: A
         _start_copies(rows, source, target, swizzle.swizzle)
 
     start(rows_ref, source_ref, target_ref)
+
+
+def copy_blocks(
+    entries_ref: Any, first: Any, source_ref: Any, target_ref: Any, *, interpret: Any
+) -> None:
+    """Starts copies of listed blocks, by the only warpgroup of a program.
+
+    Args:
+      entries_ref: int32 [L] in memory, numbers of blocks; -1 reads the first.
+      first: int32, which entry to begin with; the last one stands for what would come behind.
+      source_ref: [S, ...] in memory, without gaps.
+      target_ref: [n, rows, ...] in shared memory, for n blocks, each of whole 16 bytes.
+      interpret: Parameters of interpret mode.
+    """
+    if interpret:
+        return _copy_blocks_one_by_one(entries_ref, first, source_ref, target_ref)
+    a_ref, a_scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(a_ref, a_scalar, a_ref, a_ref))
+    def start(_, entries, first, source, target):
+        _start_block_copies(entries, first, source, target)
+
+    start(entries_ref, first, source_ref, target_ref)
 
 
 def commit_gathers(*, interpret: Any) -> None:
@@ -116,8 +141,42 @@ def _start_copies(rows: Any, source: Any, target: Any, swizzle: int) -> None:
         )
 
 
+def _start_block_copies(entries: Any, first: Any, source: Any, target: Any) -> None:
+    i8, i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (8, 32, 64))
+    shape, element = ir.MemRefType(target.type).shape, ir.MemRefType(target.type).element_type
+    pieces = math.prod(shape[1:]) * utils.bytewidth(element) // COPY_BYTES  # of a block
+    last = utils.c(ir.MemRefType(entries.type).shape[0] - 1, i32)
+    entries, source, target = (utils.memref_ptr(ref) for ref in (entries, source, target))
+    source = llvm.addrspacecast(llvm.PointerType.get(address_space=1), source)
+    for begin in range(0, shape[0] * pieces, THREADS):
+        piece = arith.addi(utils.thread_idx(), utils.c(begin, i32))
+        block = arith.divui(piece, utils.c(pieces, i32))
+        place = arith.minui(arith.addi(first.registers.item(), block), last)
+        number = llvm.load(i32, utils.getelementptr(entries, [place], i32))
+        number = arith.extui(i64, arith.maxsi(number, utils.c(0, i32)))
+        of_block = arith.extui(i64, arith.remui(piece, utils.c(pieces, i32)))
+        offset = arith.addi(arith.muli(number, utils.c(pieces, i64)), of_block)
+        begin_pointer = utils.getelementptr(
+            source, [arith.muli(offset, utils.c(COPY_BYTES, i64))], i8
+        )
+        target_offset = arith.muli(piece, utils.c(COPY_BYTES, i32))
+        target_pointer = utils.getelementptr(target, [target_offset], i8)
+        is_there = arith.cmpi(arith.CmpIPredicate.ult, piece, utils.c(shape[0] * pieces, i32))
+        with utils.when(is_there):
+            nvvm.cp_async_shared_global(
+                target_pointer, begin_pointer, COPY_BYTES, nvvm.LoadCacheModifierKind.CG
+            )
+
+
 def _copy_one_by_one(rows_ref: Any, source_ref: Any, target_ref: Any) -> None:
     def copy(i: jax.Array, _: Any) -> None:
         target_ref[pl.ds(i, 1)] = source_ref[pl.ds(jnp.maximum(rows_ref[i], 0), 1)]
 
     lax.fori_loop(0, tiles.ROWS, copy, None)
+
+
+def _copy_blocks_one_by_one(entries_ref: Any, first: Any, source_ref: Any, target_ref: Any) -> None:
+    count, rows, *_ = target_ref.shape
+    for i in range(count):
+        number = entries_ref[jnp.minimum(first + i, entries_ref.shape[0] - 1)]
+        target_ref[i] = source_ref[pl.ds(jnp.maximum(number, 0) * rows, rows)]
