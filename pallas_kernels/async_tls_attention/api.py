@@ -26,7 +26,6 @@ def async_tls_attention(
       key: [B, S, K, R]; K divides N, query head n reads key head n // (N // K).
       value: [B, S, K, h], or None: the keys, without rope_key.
       positions: int32 [B, K, T], below S, -1 for none; a token counts as often as it is listed.
-        For -1 the first token is read with weight 0, so it must be finite.
       rope_key: [B, S, H - R], the last numbers of the key of every head; None where R = H.
       scale: Factor of the scores; None = 1 / sqrt(H).
       implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.

@@ -17,8 +17,12 @@ def async_tls_attention(
     """See `api.async_tls_attention`; gathers the tokens."""
     rows = jnp.arange(positions.shape[0])[:, None, None]
     heads = jnp.arange(positions.shape[1])
-    by_token = jnp.maximum(positions, 0).swapaxes(1, 2)
-    key = key[rows, by_token, heads]
-    value = None if value is None else value[rows, by_token, heads]
-    rope_key = None if rope_key is None else rope_key[rows, by_token]
-    return attend_visible(query, key, value, rope_key, positions >= 0, scale)
+    by_token = positions.swapaxes(1, 2)
+
+    def gather(x: jax.Array, *place: jax.Array) -> jax.Array:
+        # What stands in the place of no token, may be anything, NaN too.
+        return jnp.where(by_token[..., None] >= 0, x[rows, jnp.maximum(by_token, 0), *place], 0)
+
+    value = None if value is None else gather(value, heads)
+    rope_key = None if rope_key is None else gather(rope_key)
+    return attend_visible(query, gather(key, heads), value, rope_key, positions >= 0, scale)

@@ -31,7 +31,7 @@ def gather_rows(rows_ref: Any, source_ref: Any, target_ref: Any, *, interpret: A
     """Starts copies of rows to a tile; `commit_gathers` ends a group of them.
 
     Args:
-      rows_ref: int32 [64] in shared memory, rows of the source; the first for a negative one.
+      rows_ref: int32 [64] in shared memory, rows of the source; a negative one is zeros.
       source_ref: [S, width] in memory, numbers of a row side by side.
       target_ref: [64, width] in shared memory, as from `tiles.tiled`.
       interpret: Parameters of interpret mode.
@@ -121,23 +121,26 @@ def _start_copies(rows: Any, source: Any, target: Any, swizzle: int) -> None:
     of_row: dict[int, Any] = {}
 
     def pointer(first_row):
-        """Where this thread's part begins, of the row on the list that stands at `first_row`."""
+        """Where this thread's part of a row begins, and its bytes; the row by its place."""
         if first_row not in of_row:
             place = utils.getelementptr(rows_pointer, [row], i32)
             place = utils.getelementptr(place, [first_row], i32)
-            number = arith.maxsi(llvm.load(i32, place), utils.c(0, i32))
-            number = arith.extui(i64, number)
+            number = llvm.load(i32, place)
+            is_row = arith.cmpi(arith.CmpIPredicate.sge, number, utils.c(0, i32))
+            size = arith.select(is_row, utils.c(COPY_BYTES, i32), utils.c(0, i32))
+            number = arith.extui(i64, arith.maxsi(number, utils.c(0, i32)))
             offset = arith.addi(arith.muli(number, utils.c(row_stride, i64)), column)
-            of_row[first_row] = utils.getelementptr(source_pointer, [offset], element)
+            of_row[first_row] = utils.getelementptr(source_pointer, [offset], element), size
         return of_row[first_row]
 
     shape = (tiles.ROWS, source_type.shape[1])
     transfers = mgpu.FragmentedArray.transfer_tiled(target, swizzle, layout, shape, optimized=False)
     for _, _, first_place, target_pointer in transfers:
         first_row, first_column = first_place()
-        begin = utils.getelementptr(pointer(first_row), [first_column], element)
+        begin, size = pointer(first_row)
+        begin = utils.getelementptr(begin, [first_column], element)
         nvvm.cp_async_shared_global(
-            target_pointer, begin, COPY_BYTES, nvvm.LoadCacheModifierKind.CG
+            target_pointer, begin, COPY_BYTES, nvvm.LoadCacheModifierKind.CG, cp_size=size
         )
 
 
@@ -170,7 +173,8 @@ def _start_block_copies(entries: Any, first: Any, source: Any, target: Any) -> N
 
 def _copy_one_by_one(rows_ref: Any, source_ref: Any, target_ref: Any) -> None:
     def copy(i: jax.Array, _: Any) -> None:
-        target_ref[pl.ds(i, 1)] = source_ref[pl.ds(jnp.maximum(rows_ref[i], 0), 1)]
+        row = source_ref[pl.ds(jnp.maximum(rows_ref[i], 0), 1)]
+        target_ref[pl.ds(i, 1)] = jnp.where(rows_ref[i] >= 0, row, 0)
 
     lax.fori_loop(0, tiles.ROWS, copy, None)
 

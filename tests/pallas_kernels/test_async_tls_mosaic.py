@@ -205,6 +205,8 @@ def test_interpreted_attention_matches_the_definition(shape, length, splits):
     rope_key = normal(3, 2, 200, rope_dim) if rope_dim else None
     positions = jax.random.randint(jax.random.key(4), (2, num_kv_heads, length), -1, 200)
     positions = positions.at[1, 0].set(-1)
+    key = key.at[0, 0].set(jnp.nan)  # what is not listed does not count
+    positions = jnp.where(positions == 0, -1, positions)
     actual = attention_kernel.async_tls_attention(
         query, key, value, positions, rope_key, 0.1, splits=splits, interpret=INTERPRET
     )
