@@ -150,22 +150,26 @@ def draw_cache(data: Comparison, length: int, path: Path) -> bool:
         spread = statistics.stdev(losses) if len(losses) > 1 else None
         kilobytes = (data.cache_bytes(model, length) or 0) / 1000
         loss = statistics.fmean(losses)
-        axis.errorbar(kilobytes, loss, yerr=spread, fmt="o", capsize=3, color=_colour(data, model))
-        axis.annotate(
-            f" {model}", (kilobytes, loss), fontsize=8, xytext=(4, 4), textcoords="offset points"
-        )
+        axis.errorbar(
+            kilobytes, loss, yerr=spread, fmt=_marker(data, model), capsize=3, label=model,
+            color=_colour(data, model),
+        )  # fmt: skip
     axis.set(
         xlabel=f"cache, kB a token of a text of {length:,} tokens (bfloat16)",
-        ylabel="validation loss (nats per token)", xscale="log",
+        ylabel="validation loss (nats per token)",
     )  # fmt: skip
-    _finish(axis, legend=False)
-    axis.margins(x=0.25)
+    axis.set_xlim(left=0)
+    _finish(axis)
     figure.savefig(path)
     return True
 
 
 def _colour(data: Comparison, model: str) -> Any:
     return _COLOURS(data.models.index(model) % _COLOURS.N)
+
+
+def _marker(data: Comparison, model: str) -> str:
+    return "osD^vPX<>*"[data.models.index(model) % 10]
 
 
 def _finish(axis: Axes, *, legend: bool = True) -> None:

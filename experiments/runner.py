@@ -270,8 +270,11 @@ class Runner:
 
 
 def _end_with_parent() -> None:
-    """Has the kernel end the process with its parent, however that ends (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Has the kernel end the process with its parent, however that ends (Linux).
+
+    At once: one that was still saving would be in the way of a runner that is started anew.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _has_checkpoint(workdir: Path) -> bool:

@@ -44,7 +44,7 @@ GRID = Grid(
             "optimizer.warmup_steps": 20,
         }
     ),
-    tasks={"tasks": TASKS, "samples": 4000, "min_length": 256, "max_length": 8192},
+    tasks={"tasks": TASKS, "samples": 8000, "min_length": 256, "max_length": 8192},
     retrieval={
         "tasks": TASKS,
         "lengths": "1024,2048,4096,8192",
