@@ -5,8 +5,9 @@ import dataclasses
 from asa_jax.config_checks import require, require_choice, require_positive, require_range
 
 EVALUATION_TASKS = (
-    "perplexity", "single_noise", "single_text", "single_uuid", "multi_key", "multi_value",
-    "multi_query", "variable_tracking", "frequent_words", "associative_recall", "key_value",
+    "perplexity", "single_noise", "single_text", "single_word", "single_uuid", "multi_key",
+    "multi_value", "multi_query", "variable_tracking", "frequent_words", "associative_recall",
+    "key_value",
 )  # fmt: skip
 # Rotary positions have no end; beyond this a length is a slip of the keyboard.
 MAX_EVALUATION_TOKENS = 2**20

@@ -131,6 +131,7 @@ def get_config() -> ConfigDict:
                     "perplexity",
                     "single_noise",
                     "single_text",
+                    "single_word",
                     "single_uuid",
                     "multi_key",
                     "multi_value",

@@ -20,6 +20,7 @@ Task = Callable[[random.Random, Haystack, int, float], Sample]
 TASKS_BY_DEPTH: dict[str, Task] = {
     "single_noise": retrieval.single_noise,
     "single_text": retrieval.single_text,
+    "single_word": retrieval.single_word,
     "single_uuid": retrieval.single_uuid,
     "multi_key": retrieval.multi_key,
     "key_value": recall.key_value,

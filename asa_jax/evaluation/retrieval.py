@@ -117,6 +117,11 @@ def single_text(rng: random.Random, haystack: Haystack, length: int, depth: floa
     return _ask_one(rng, haystack.text(rng), haystack.tokenizer, length, "number", [depth])
 
 
+def single_word(rng: random.Random, haystack: Haystack, length: int, depth: float) -> Sample:
+    """One invented word in prose."""
+    return _ask_one(rng, haystack.text(rng), haystack.tokenizer, length, "word", [depth])
+
+
 def single_uuid(rng: random.Random, haystack: Haystack, length: int, depth: float) -> Sample:
     """One UUID in prose."""
     return _ask_one(rng, haystack.text(rng), haystack.tokenizer, length, "code", [depth])
@@ -221,7 +226,7 @@ def _ask_one(
 ) -> Sample:
     """Hides one fact at each depth and asks for the first."""
     keys = _keys(rng, len(depths))
-    values = [random_uuid(rng) if kind == "code" else _number(rng) for _ in keys]
+    values = [_value(rng, kind) for _ in keys]
     needles = [
         Needle(depth, _FACT.format(kind=kind, key=key, value=value))
         for depth, key, value in zip(depths, keys, values, strict=True)
@@ -235,6 +240,16 @@ def _ask_one(
 def _keys(rng: random.Random, count: int) -> list[str]:
     pairs = rng.sample(range(len(_ADJECTIVES) * len(_NOUNS)), count)
     return [f"{_ADJECTIVES[pair // len(_NOUNS)]} {_NOUNS[pair % len(_NOUNS)]}" for pair in pairs]
+
+
+def _value(rng: random.Random, kind: str) -> str:
+    match kind:
+        case "code":
+            return random_uuid(rng)
+        case "word":
+            return invented_words(rng, 1)[0]
+        case _:
+            return _number(rng)
 
 
 def _number(rng: random.Random) -> str:

@@ -16,7 +16,7 @@ ONE_SEED = (
     "45m/nsa_no_window",
     "45m/nsa_no_selection",
 )
-TASKS = "single_noise,single_text,single_uuid,multi_key,associative_recall,key_value"
+TASKS = "single_noise,single_text,single_word,single_uuid,multi_key,associative_recall,key_value"
 
 GRID = Grid(
     config="configs/comparison.py:{model}",

@@ -76,7 +76,9 @@ def test_the_needle_lies_at_its_depth(haystack, name, depth, seed):
     assert abs(share - depth) < 0.11
 
 
-@pytest.mark.parametrize("name", ["single_noise", "single_text", "single_uuid", "multi_key"])
+@pytest.mark.parametrize(
+    "name", ["single_noise", "single_text", "single_word", "single_uuid", "multi_key"]
+)
 def test_the_fact_that_is_asked_for_stands_in_the_context(name, haystack):
     context, (answer,) = _parts(name, haystack)
     kind, key = re.search(r"Answer: The (\w+) of the (.+) is$", context).groups()
