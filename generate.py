@@ -25,6 +25,7 @@ import io
 import json
 import sys
 
+from asa_jax.async_tls.runners import OffloadRunner, make_runner
 from asa_jax.decoding.batches import complete_prompts, to_json
 from asa_jax.decoding.chat import Chat
 from asa_jax.decoding.conversation import Conversation
@@ -42,7 +43,11 @@ def main(options: Options) -> None:
     """Restores the run and prints what it makes of the prompt, the prompts or the lines."""
     use_compilation_cache()
     config, params, step = restore_model(options.workdir, step=options.step)
-    generator = Generator(config, params, options.tokenizer, chunk_tokens=options.chunk_tokens)
+    sparse, size = options.sparse, options.tokenizer.vocab_size
+    runner = sparse and make_runner(sparse, config.model, params, size, options.chunk_tokens)
+    generator = Generator(
+        config, params, options.tokenizer, chunk_tokens=options.chunk_tokens, runner=runner
+    )
     print(f"{options.workdir}, step {step}", file=sys.stderr)
     print(dispatch.describe(config.model.implementation), file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -50,7 +55,14 @@ def main(options: Options) -> None:
 
     if options.prompts is not None:
         complete(generator, options)
-        return
+    else:
+        converse(generator, options)
+    if sparse and sparse.show_engine and isinstance(runner, OffloadRunner):
+        print(runner.figures.describe(), file=sys.stderr)
+
+
+def converse(generator: Generator, options: Options) -> None:
+    """Continues the prompt, or answers lines; saves the text."""
     loaded = options.load_cache
     conversation = Conversation.load(generator, loaded) if loaded else Conversation(generator)
     try:

@@ -198,11 +198,11 @@ class _ProjectConfigs(flags.ArgumentParser[Any]):
         values = self._loader.parse(f"{file}{colon}{arm}")
         for argument in sys.argv:
             if field := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-                _check_field(values, field[1])
+                check_field(values, field[1])
         return values
 
 
-def _check_field(values: ConfigDict, field: str) -> None:
+def check_field(values: ConfigDict, field: str) -> None:
     """Raises a ConfigError that names what to choose from where `field` does not exist."""
     section: Any = values
     for name in field.split("."):

@@ -8,6 +8,7 @@ same is done with absorbed queries and [latent | rotated key].
 The file is safetensors; its metadata name the format and the fingerprint of the model.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,10 +22,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from asa_jax.config import ModelConfig
 from asa_jax.errors import CheckpointError, UserError
 
 FORMAT = "asa_jax channels 1"
 _CHANNELS = "channels"
+# Fields of the architecture that change nothing about the numbers.
+_FREE_FIELDS = ("init_stddev", "remat", "attention_implementation")
 
 
 def add_sample(totals: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
@@ -81,6 +85,12 @@ def model_fingerprint(fields: Mapping[str, Any], params: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return digest.hexdigest()
+
+
+def fingerprint_of(cfg: ModelConfig, params: Any) -> str:
+    """`model_fingerprint` of a model; how it is computed does not count."""
+    fields = dataclasses.asdict(cfg)
+    return model_fingerprint({n: v for n, v in fields.items() if n not in _FREE_FIELDS}, params)
 
 
 def save_channels(path: Path, channels: Sequence[np.ndarray], fingerprint: str) -> None:

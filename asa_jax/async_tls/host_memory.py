@@ -33,18 +33,26 @@ def allocate_host(
     """
     needed = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
     available = system_available_bytes() if available_bytes is None else available_bytes
-    message = (
-        f"async_tls: keys and values need {needed} bytes of host memory and {available} are free; "
-        "use fewer rows or a shorter cache"
-    )
-    if needed > available:
-        raise HostMemoryError(message)
+    check_host_memory(needed, available)
     try:
         array = np.empty(shape, dtype)
     except MemoryError:
-        raise HostMemoryError(message) from None
+        raise _error(needed, available) from None
     array.fill(0)
     return array
+
+
+def check_host_memory(needed_bytes: int, available_bytes: int) -> None:
+    """Raises a HostMemoryError unless so many bytes are free."""
+    if needed_bytes > available_bytes:
+        raise _error(needed_bytes, available_bytes)
+
+
+def _error(needed_bytes: int, available_bytes: int) -> HostMemoryError:
+    return HostMemoryError(
+        f"async_tls: keys and values need {needed_bytes} bytes of host memory and "
+        f"{available_bytes} are free; use fewer rows or a shorter cache"
+    )
 
 
 def system_available_bytes() -> int:

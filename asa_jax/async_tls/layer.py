@@ -46,11 +46,10 @@ class OffloadedLayer:
         self._channels = jnp.asarray(channels)
         self._attend = functools.partial(_attend_pool, scale=scale, value_dim=value_dim, cfg=cfg)
 
-    def load(self, query: jax.Array, key: jax.Array, value: Any, lengths: np.ndarray) -> None:
-        """Takes over a prompt, and brings the blocks that its last query chose to the device.
+    def load(self, key: jax.Array, value: Any, lengths: np.ndarray) -> None:
+        """Takes over a prompt; the first step behind it is synchronous in both forms.
 
         Args:
-            query: [B, N, H], of the last tokens.
             key: [B, S, K, H], S a multiple of the block size and as long as rows may grow.
             value: [B, S, K, h], or None with value_dim.
             lengths: int [B], tokens of the prompts.
@@ -62,8 +61,7 @@ class OffloadedLayer:
         )  # fmt: skip
         self._index: Index = _append(empty, key, self._channels, jnp.asarray(lengths, jnp.int32))
         self._engine.load(np.asarray(_tokens(key, value)), lengths)
-        self._choose_next(query)
-        self._engine.fetch(np.asarray(self._lag.blocks))
+        self._lag: Lag | None = None
 
     def step(self, query: jax.Array, key: jax.Array, value: Any) -> jax.Array:
         """Appends a token to every row and attends.
@@ -85,15 +83,16 @@ class OffloadedLayer:
         self._engine.commit()
         blocks = self._blocks_now(query)
         slots, pool = jnp.asarray(self._engine.slots), self._engine.pool
-        self._choose_next(query)
         if self._lagged:
+            following = _select(query, self._index, self._index.lengths + 1, self._cfg)
+            self._lag = Lag(following, query)
             # Asked for before attention is dispatched: a copy behind it would wait for it.
-            self._engine.prefetch(np.asarray(self._lag.blocks))
+            self._engine.prefetch(np.asarray(following))
         return self._attend(query, self._index, self._channels, blocks, slots, pool)
 
     def _blocks_now(self, query: jax.Array) -> jax.Array:
         """The blocks [B, K, L] for this query, those on the device that had to be fetched."""
-        if not self._lagged:
+        if not self._lagged or self._lag is None:
             blocks = _select(query, self._index, self._index.lengths, self._cfg)
             self._engine.fetch(np.asarray(blocks))
             return blocks
@@ -107,10 +106,6 @@ class OffloadedLayer:
                 self._engine.fetch(np.asarray(blocks))
                 return blocks
         return self._lag.blocks
-
-    def _choose_next(self, query: jax.Array) -> None:
-        blocks = _select(query, self._index, self._index.lengths + 1, self._cfg)
-        self._lag = Lag(blocks, query)
 
 
 _append = jax.jit(append)

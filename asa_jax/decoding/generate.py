@@ -39,6 +39,7 @@ class Generator:
         mesh: Mesh | None = None,
         *,
         chunk_tokens: int = CHUNK_TOKENS,
+        runner: Runner | None = None,
     ) -> None:
         """Prepares generation; nothing is compiled before the first prompt.
 
@@ -49,6 +50,7 @@ class Generator:
             mesh: devices that hold the parameters; None: one device. Several processes must all
                 make the same calls.
             chunk_tokens: most tokens of a prompt that are read at a time.
+            runner: of this model, made elsewhere; None: one on the mesh.
 
         Raises:
             ConfigError: the tokenizer has more tokens than the model, or chunks are not whole
@@ -60,7 +62,9 @@ class Generator:
                 f"{tokenizer.vocab_size}, the vocabulary of the tokenizer"
             )
         self.config, self.tokenizer = config, tokenizer
-        self.runner = Runner(config.model, params, tokenizer.vocab_size, mesh, chunk_tokens)
+        self.runner = runner or Runner(
+            config.model, params, tokenizer.vocab_size, mesh, chunk_tokens
+        )
 
     def generate(
         self,

@@ -5,6 +5,11 @@ from typing import NamedTuple
 
 from absl import flags
 
+from asa_jax.async_tls.generation_options import (
+    SparseOptions,
+    define_decoder_flags,
+    given_decoder,
+)
 from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.decoding.prompts import Prompt, check_prompts, read_prompt, read_prompts
 from asa_jax.decoding.settings import (
@@ -52,6 +57,7 @@ class Options(NamedTuple):
         seed: of the draws.
         stop: strings that end a continuation.
         chunk_tokens: most tokens that are read at a time.
+        sparse: how few of the tokens are attended to; None: full attention.
     """
 
     workdir: Path
@@ -70,6 +76,7 @@ class Options(NamedTuple):
     seed: int
     stop: tuple[str, ...]
     chunk_tokens: int
+    sparse: SparseOptions | None
 
 
 def parse_options() -> Options:
@@ -96,7 +103,8 @@ def parse_options() -> Options:
     prompt = _prompt(given.prompt, _path(given.prompt_file))
     save_cache = _output("save_cache", given.save_cache)
     workdir = Path(given.workdir).expanduser()
-    check_chunk_tokens(given.chunk_tokens, read_run_config(workdir).model.alignment)
+    cfg = read_run_config(workdir).model
+    check_chunk_tokens(given.chunk_tokens, cfg.alignment)
     tokenizer = load_run_tokenizer(workdir)
     start = len(tokenizer.start_ids)
     check_length(start + len(tokenizer.encode(prompt or "")), given.max_tokens)
@@ -121,6 +129,7 @@ def parse_options() -> Options:
         seed=given.seed,
         stop=stop,
         chunk_tokens=given.chunk_tokens,
+        sparse=given_decoder(workdir, cfg),
     )
 
 
@@ -148,6 +157,7 @@ def _define_flags() -> None:
         lower_bound=0, upper_bound=MAX_ALTERNATIVES,
     )  # fmt: skip
     flags.DEFINE_integer("chunk_tokens", CHUNK_TOKENS, "most tokens to read at a time")
+    define_decoder_flags()
 
 
 def _check_combination(given: flags.FlagValues) -> None:

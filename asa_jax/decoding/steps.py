@@ -1,6 +1,7 @@
 """The compiled steps of decoding: empty caches, reading a chunk, drawing tokens."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,9 @@ from asa_jax.decoding.settings import Sampling
 from asa_jax.model.cached_attention import Chunk
 from asa_jax.model.transformer import Transformer, abstract_model, split_kinds
 from asa_jax.sharding import constrain, partition_spec
+
+# Maps the model, tokens [B], positions [B] and a cache to hidden states [B, D] and the cache.
+DecodeFunction = Callable[[Transformer, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 class DecodeState(NamedTuple):
@@ -139,7 +143,7 @@ def read_chunk(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "vocab_size", "size", "num_alternatives"),
+    static_argnames=("cfg", "vocab_size", "size", "num_alternatives", "decode"),
     donate_argnames=("state",),
 )
 def draw_tokens(
@@ -152,6 +156,7 @@ def draw_tokens(
     vocab_size: int,
     size: int,
     num_alternatives: int = 0,
+    decode: DecodeFunction = Transformer.decode,
 ) -> tuple[DecodeState, Drawn]:
     """Draws and reads tokens until there are `num_steps` or every row has ended.
 
@@ -164,6 +169,7 @@ def draw_tokens(
         vocab_size: tokens of the tokenizer; the model may have more, which are never drawn.
         size: columns of the result.
         num_alternatives: most likely tokens to give beside each, A.
+        decode: reads a token of each row, with a cache that it understands.
 
     Returns:
         The rows, and the tokens drawn.
@@ -176,30 +182,49 @@ def draw_tokens(
 
     def step(carry: tuple[DecodeState, Drawn]) -> tuple[DecodeState, Drawn]:
         state, drawn = carry
-        logits = _logits(model, state.hidden, vocab_size)
-        tokens = constrain(_draw(logits, state, draws), "activation")
-        ended = state.ended | jnp.any(tokens[:, None] == draws.ends, axis=1)
-        hidden, cache = model.decode(tokens, state.lengths, state.cache)
-        # A row that has ended stays where it is: what is written behind its end is written over.
-        rows, new = jnp.arange(tokens.size), jnp.where(ended, state.seen.shape[1], tokens)
-        state = DecodeState(
-            hidden=jnp.where(ended[:, None], state.hidden, hidden),
-            lengths=jnp.where(ended, state.lengths, state.lengths + 1),
-            ended=ended,
-            seen=state.seen.at[rows, new].set(True, mode="drop"),
-            cache=cache,
-        )
-        return _by_rows(state, cfg), _append(drawn, tokens, logits)
+        tokens, drawn = next_tokens(model, state, drawn, draws, vocab_size)
+        hidden, cache = decode(model, tokens, state.lengths, state.cache)
+        return _by_rows(advance(state, tokens, draws, hidden, cache), cfg), drawn
 
-    shape = (state.lengths.size, size)
-    nothing = Drawn(
+    nothing = nothing_drawn(state.lengths.size, size, num_alternatives)
+    return jax.lax.while_loop(unfinished, step, (state, nothing))
+
+
+def nothing_drawn(num_rows: int, size: int, num_alternatives: int) -> Drawn:
+    """A result of `size` columns that are to be filled."""
+    shape = (num_rows, size)
+    return Drawn(
         tokens=jnp.zeros(shape, jnp.int32),
         log_probabilities=jnp.zeros(shape),
         alternatives=jnp.zeros((*shape, num_alternatives), jnp.int32),
         alternative_log_probabilities=jnp.zeros((*shape, num_alternatives)),
         num_drawn=jnp.int32(0),
     )
-    return jax.lax.while_loop(unfinished, step, (state, nothing))
+
+
+def next_tokens(
+    model: Transformer, state: DecodeState, drawn: Drawn, draws: Draws, vocab_size: int
+) -> tuple[jax.Array, Drawn]:
+    """The next token [B] of each row, and the result with one column more."""
+    logits = _logits(model, state.hidden, vocab_size)
+    tokens = constrain(_draw(logits, state, draws), "activation")
+    return tokens, _append(drawn, tokens, logits)
+
+
+def advance(
+    state: DecodeState, tokens: jax.Array, draws: Draws, hidden: jax.Array, cache: Any
+) -> DecodeState:
+    """The rows after their tokens [B] were read, which gave hidden states [B, D] and a cache."""
+    ended = state.ended | jnp.any(tokens[:, None] == draws.ends, axis=1)
+    # A row that has ended stays where it is: what is written behind its end is written over.
+    rows, new = jnp.arange(tokens.size), jnp.where(ended, state.seen.shape[1], tokens)
+    return DecodeState(
+        hidden=jnp.where(ended[:, None], state.hidden, hidden),
+        lengths=jnp.where(ended, state.lengths, state.lengths + 1),
+        ended=ended,
+        seen=state.seen.at[rows, new].set(True, mode="drop"),
+        cache=cache,
+    )
 
 
 def _logits(model: Transformer, hidden: jax.Array, vocab_size: int) -> jax.Array:

@@ -71,7 +71,7 @@ class GroupedQueryAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
-        query, key, value = self._project(x, positions)
+        query, key, value = self.project(x, positions)
         return self._attend(query, key, value, segment_ids)
 
     def init_cache(self, batch: int, max_length: int, dtype: jnp.dtype) -> GroupedQueryCache:
@@ -84,7 +84,7 @@ class GroupedQueryAttention(nnx.Module):
         self, x: jax.Array, positions: jax.Array, chunk: Chunk, cache: GroupedQueryCache
     ) -> tuple[jax.Array, GroupedQueryCache]:
         """Maps a chunk of tokens, [B, T, D] at positions [B, T], and appends it to the cache."""
-        query, *new = self._project(x, positions)
+        query, *new = self.project(x, positions)
         key, value = (in_row_order(array, *KEY) for array in new)
         if self.window_size is None:
             cache = GroupedQueryCache(fill(cache.key, key, chunk), fill(cache.value, value, chunk))
@@ -106,7 +106,7 @@ class GroupedQueryAttention(nnx.Module):
         self, x: jax.Array, position: jax.Array, cache: GroupedQueryCache
     ) -> tuple[jax.Array, GroupedQueryCache]:
         """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
-        query, key, value = self._project(x[:, None], position[:, None])
+        query, key, value = self.project(x[:, None], position[:, None])
         slots = cache.key.shape[1]
         slot = position % slots
         cache = GroupedQueryCache(
@@ -118,7 +118,8 @@ class GroupedQueryAttention(nnx.Module):
         )
         return self.output("BNH,NHD->BD", output), cache
 
-    def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+        """Rotated queries [B, T, N, H] and keys, and values, of tokens [B, T, D]."""
         query = self.query("BTD,DNH->BTNH", x)
         key, value = self.key_value("BTD,PDKH->PBTKH", x)
         query = constrain(query, "batch", "sequence", "heads", "head_dim")

@@ -144,9 +144,7 @@ class LatentAttention(nnx.Module):
         self, x: jax.Array, position: jax.Array, cache: LatentCache
     ) -> tuple[jax.Array, LatentCache]:
         """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
-        x, positions = x[:, None], position[:, None]
-        query = self._absorb(*self.query(x, positions))[:, 0]
-        latent, rope_key = self._compress(x, positions)
+        query, latent, rope_key = self.project_absorbed(x[:, None], position[:, None])
         slots = cache.latent.shape[1]
         cache = LatentCache(
             write(cache.latent, position % slots, latent[:, 0]),
@@ -154,8 +152,14 @@ class LatentAttention(nnx.Module):
         )
         keys = Keys(cache.latent[:, :, None], rope_key=cache.rope_key)
         lengths = jnp.minimum(position + 1, slots)
-        mixed, _ = attend_cache(query, keys, lengths, self.scale, self.cfg.implementation)
+        mixed, _ = attend_cache(query[:, 0], keys, lengths, self.scale, self.cfg.implementation)
         return self.output("BNH,NHD->BD", self.value_up("BNR,RNH->BNH", mixed)), cache
+
+    def project_absorbed(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+        """Absorbed queries [B, T, N, R + HR], latents and rotated keys of tokens [B, T, D]."""
+        nope, rope = self.query(x, positions)
+        query = jnp.concatenate([self.key_up("BTNH,RNH->BTNR", nope), rope], axis=-1)
+        return query, *self._compress(x, positions)
 
     def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         latent = self.down("BTD,DR->BTR", x)
@@ -164,9 +168,6 @@ class LatentAttention(nnx.Module):
         rope_key = self.rope_key("BTD,DH->BTH", x)
         rope = self.cfg.rope_theta, self.cfg.rope_scaling
         return latent, rotate(rope_key[:, :, None], positions, *rope)[:, :, 0]
-
-    def _absorb(self, nope: jax.Array, rope: jax.Array) -> jax.Array:
-        return jnp.concatenate([self.key_up("BTNH,RNH->BTNR", nope), rope], axis=-1)
 
     def _attend(
         self,

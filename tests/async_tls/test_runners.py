@@ -1,0 +1,102 @@
+"""Whole models decoded by every decoder, through the same generation as full attention."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from asa_jax.async_tls.generation_options import SparseOptions
+from asa_jax.async_tls.runners import make_runner
+from asa_jax.async_tls.settings import BACKENDS, DEFAULTS, decoding_config, key_shape
+from asa_jax.config import config_from_dict
+from asa_jax.data.tokenizer import ByteTokenizer
+from asa_jax.decoding.generate import Generator
+from asa_jax.decoding.settings import Sampling
+from asa_jax.errors import ConfigError, UserError
+from configs import base
+from tests.models import random_params, tiny_model_config
+
+VOCAB = ByteTokenizer().vocab_size
+LAYERS = 2
+# Blocks of 4; 40 tokens have 10, of which 3 are always kept.
+WHOLE = {"block_size": 4, "num_blocks": 16, "token_budget": 64, "num_dense_layers": 1}
+SMALL = {**WHOLE, "num_blocks": 2, "token_budget": 6}
+PROMPTS = [list(range(3, 40)), list(range(90, 111))]
+TOKENS = 12
+
+
+@functools.cache
+def model(kind):
+    cfg = tiny_model_config((kind,) * LAYERS, vocab_size=VOCAB, scan_layers=kind == "full")
+    return cfg, random_params(cfg)
+
+
+def generator(kind, decoder, **fields):
+    cfg, params = model(kind)
+    settings = decoding_config({**DEFAULTS, **fields}, cfg)
+    options = SparseOptions(decoder, settings, None, False)
+    runner = make_runner(options, cfg, params, VOCAB, 64) if decoder != "full" else None
+    config = dataclasses.replace(config_from_dict(base.get_config().to_dict()), model=cfg)
+    return Generator(config, params, ByteTokenizer(), chunk_tokens=64, runner=runner)
+
+
+def drawn(generator):
+    parts = generator.stream_tokens(PROMPTS, max_tokens=TOKENS, sampling=Sampling(0.0))
+    return np.concatenate(list(parts), axis=1)
+
+
+@pytest.mark.parametrize("kind", ["mla", pytest.param("full", marks=pytest.mark.slow)])
+def test_all_blocks_at_level_1_from_the_host_are_double_sparsity_from_memory(kind):
+    every = {**SMALL, "num_blocks": 16, "lagged": False}
+    one = generator(kind, "async_tls", **every)
+    np.testing.assert_array_equal(drawn(one), drawn(generator(kind, "double_sparsity", **SMALL)))
+    figures = one.runner.figures
+    assert figures.tokens == 2 * TOKENS and figures.counters.hits > 0
+    assert f"{2 * TOKENS} tokens, " in figures.describe()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "mla"])
+def test_budgets_that_cover_the_text_give_full_attention(kind):
+    full = drawn(generator(kind, "full"))
+    for decoder in ("quest", "double_sparsity", "oracle_topk", "async_tls"):
+        np.testing.assert_array_equal(drawn(generator(kind, decoder, **WHOLE)), full)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "mla"])
+def test_lagged_by_both_back_ends(kind):
+    both = [generator(kind, "async_tls", **SMALL, backend=b) for b in BACKENDS]
+    texts = [drawn(one) for one in both]
+    np.testing.assert_array_equal(*texts)
+    assert (texts[0] != drawn(generator(kind, "full"))).any()
+    assert all(one.runner.figures.counters.misses > 0 for one in both)
+
+
+def test_layers_of_other_kinds_and_wrong_sizes_are_refused():
+    for kinds, message in (
+        (("local", "global"), "model.layer_kinds: global, local: sparse decoding takes"),
+        (("full", "mla"), "model.layer_kinds: full, mla: sparse decoding takes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            key_shape(tiny_model_config(kinds))
+    cfg, _ = model("full")
+    for fields, message in (
+        ({"num_channels": 18}, "num_channels = 18: must be at most 16"),
+        ({"num_dense_layers": 3}, "num_dense_layers = 3: must be at most 2"),
+        ({"backend": "pinned"}, "backend = 'pinned': must be one of host_thread, simulated"),
+        ({"token_budget": 9000}, "token_budget = 9000: must be at most num_blocks"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            decoding_config({**DEFAULTS, **fields}, cfg)
+
+
+def test_text_on_the_host_cannot_be_read_on_and_too_little_memory_is_told(monkeypatch):
+    one = generator("full", "async_tls", **SMALL)
+    monkeypatch.setattr("asa_jax.async_tls.offloaded_model.system_available_bytes", lambda: 10**4)
+    with pytest.raises(UserError, match="need 32768 bytes of host memory and 10000 are free"):
+        drawn(one)
+    state = one.runner.shapes(64)._replace(cache=None)
+    with pytest.raises(UserError, match="cannot be read on"):
+        one.runner.read(state, np.zeros((1, 64), np.int32), 0, np.array([3]))
