@@ -79,7 +79,8 @@ class SparseDecode:
         value = key[..., : layer.attention.cfg.kv_lora_rank] if value is None else value
         query, scale = new.query[:, 0], layer.attention.scale
         chosen = _SELECTIONS[self.decoder](query, key, index, channels, scale, self.settings.sizes)
-        mixed = attend_tokens(query, key, value, chosen, scale)
+        implementation = layer.attention.cfg.implementation
+        mixed = attend_tokens(query, key, value, chosen, scale, implementation)
         return finish(layer, x[:, None], mixed[:, None])[:, 0], cache, index
 
 

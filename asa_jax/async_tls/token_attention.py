@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.async_tls_attention import async_tls_attention
+from pallas_kernels.dispatch import Implementation
+
 
 def attend_rows(
     query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array, scale: float
@@ -31,7 +34,12 @@ def attend_rows(
 
 
 def attend_tokens(
-    query: jax.Array, key: jax.Array, value: jax.Array, positions: jax.Array, scale: float
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    scale: float,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Softmax attention to the tokens of a cache at the given positions.
 
@@ -41,10 +49,12 @@ def attend_tokens(
         value: [B, S, K, h].
         positions: int32 [B, K, S'], -1 for none.
         scale: factor on the scores.
+        implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
 
     Returns:
         [B, N, h] in query's dtype; zero where there is no token.
     """
-    rows, heads = (jnp.arange(n) for n in positions.shape[:2])
-    at = (rows[:, None, None], positions, heads[:, None])
-    return attend_rows(query, key[at], value[at], positions >= 0, scale)
+    output, _ = async_tls_attention(
+        query, key, value, positions, scale=scale, implementation=implementation
+    )
+    return output
