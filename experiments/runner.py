@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from asa_jax.errors import UserError
 from asa_jax.flags import PROJECT
@@ -41,13 +41,21 @@ class Slot(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A stage at work."""
+    """A stage at work.
+
+    Attributes:
+        stage: of it.
+        process: that does it.
+        started: in time.monotonic.
+        output: what it prints, read when it has ended.
+        errors: what all of its processes, one after the other, said to stderr.
+    """
 
     stage: Stage
     process: subprocess.Popen[bytes]
     started: float
-    log: Path
-    files: tuple[TextIO, TextIO]
+    output: Path
+    errors: Path
 
 
 def make_slots(gpus: Sequence[str]) -> list[Slot]:
@@ -173,21 +181,19 @@ class Runner:
         return None
 
     def _start(self, stage: Stage, slot: Slot) -> Running:
-        log = self._output / "logs" / f"{stage.run}.{stage.name}"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        # What a command says before it is stopped is not its result.
-        files = (
-            log.with_suffix(f"{log.suffix}.out").open("w"),
-            log.with_suffix(f"{log.suffix}.err").open("a"),
-        )
+        logs = self._output / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        output, errors = (logs / f"{stage.run}.{stage.name}.{kind}" for kind in ("out", "err"))
         self._say(f"{stage.run} {stage.name} begins" + (f" on GPU {slot.gpu}" if slot.gpu else ""))
-        process = subprocess.Popen(
-            [sys.executable, *stage.command()],
-            stdin=subprocess.DEVNULL, stdout=files[0], stderr=files[1], cwd=PROJECT,
-            env=self._environment | self._gpu_variables(slot, stage), start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )  # fmt: skip
-        return Running(stage, process, time.monotonic(), log, files)
+        # What a command said before it was stopped is not its result.
+        with output.open("w") as said, errors.open("a") as complained:
+            process = subprocess.Popen(
+                [sys.executable, *stage.command()],
+                stdin=subprocess.DEVNULL, stdout=said, stderr=complained, cwd=PROJECT,
+                env=self._environment | self._gpu_variables(slot, stage), start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )  # fmt: skip
+        return Running(stage, process, time.monotonic(), output, errors)
 
     def _gpu_variables(self, slot: Slot, stage: Stage) -> dict[str, str]:
         if slot.gpu is None:
@@ -206,17 +212,14 @@ class Runner:
 
     def _finish(self, running: Running) -> None:
         """Writes the result of a process that has ended, or says why it has none."""
-        for file in running.files:
-            file.close()
         stage, seconds = running.stage, time.monotonic() - running.started
         if running.process.returncode:
-            reason = _last_line(running.log.with_suffix(f"{running.log.suffix}.err"))
+            reason = _last_line(running.errors)
             self._failed[stage.key] = f"exit {running.process.returncode}: {reason}"
             self._say(f"{stage.run} {stage.name} failed: {reason}")
             return
         try:
-            said = running.log.with_suffix(f"{running.log.suffix}.out").read_text()
-            result = stage.collect(said)
+            result = stage.collect(running.output.read_text())
         except (UserError, OSError, ValueError, KeyError) as error:
             self._failed[stage.key] = f"its result cannot be read ({error})"
             return

@@ -41,7 +41,11 @@ def grid(tmp_path: Path) -> Path:
 
 def compare(*flags: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "experiments.compare", *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=PROJECT)
+    # Most of the time is compilation.
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=PROJECT, env=environment
+    )
 
 
 @pytest.mark.slow

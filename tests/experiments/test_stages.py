@@ -1,0 +1,91 @@
+"""The stages of a grid: their order, the flags of their commands, the choice of a learning rate."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from asa_jax.flags import PROJECT
+from experiments.grid import Grid, load_grid
+from experiments.results import write_result
+from experiments.stages import Stage, learning_rate, make_stages
+
+GRIDS = PROJECT / "experiments" / "grids"
+
+
+@pytest.fixture(scope="module")
+def main_grid() -> Grid:
+    return load_grid(GRIDS / "main.py")
+
+
+def by_key(grid: Grid, output: Path) -> dict[tuple[str, str], Stage]:
+    return {stage.key: stage for stage in make_stages(grid, output)}
+
+
+def test_stages_come_after_those_that_they_need(main_grid, tmp_path):
+    for grid in (main_grid, dataclasses.replace(main_grid, by_stage=True)):
+        seen: set[tuple[str, str]] = set()
+        for stage in make_stages(grid, tmp_path):
+            assert set(stage.needs) <= seen, stage.key
+            seen.add(stage.key)
+
+
+def test_first_seeds_of_all_models_come_first(main_grid, tmp_path):
+    seeds = [stage.run[-1] for stage in make_stages(main_grid, tmp_path) if stage.name == "train"]
+    assert seeds == ["0"] * 9 + ["1"] * 3 + ["2"] * 3
+
+
+def test_a_young_grid_takes_all_models_through_a_stage(tmp_path):
+    stages = make_stages(load_grid(GRIDS / "short.py"), tmp_path)
+    names = [stage.name for stage in stages]
+    assert names[:9] == ["train"] * 4 + ["evaluate"] * 4 + ["copying"]
+    assert names.index("tasks") == names.index("fine_tune") - 1
+
+
+def test_arms_of_a_seed_differ_in_the_model_alone(main_grid, tmp_path):
+    for model in main_grid.seeds:
+        name = f"{model.replace('/', '_')}_s0"
+        for rate in main_grid.learning_rates:
+            write_result(tmp_path, name, f"sweep_{rate:g}", {"validation_loss": rate})
+    stages = by_key(main_grid, tmp_path)
+    full, asa = (stages[f"45m_{arm}_s0", "train"].command() for arm in ("full", "asa"))
+    differing = [pair for pair in zip(full, asa, strict=True) if pair[0] != pair[1]]
+    assert [flag.split("=")[0] for flag, _ in differing] == ["--workdir", "--config"]
+    assert "--config.data.seed=0" in full and "--config.training.seed=0" in full
+
+
+def test_the_rate_of_the_least_loss_is_taken(main_grid, tmp_path):
+    for rate, loss in zip(main_grid.learning_rates, (3.2, 3.0, 3.1), strict=True):
+        write_result(tmp_path, "45m_asa_s0", f"sweep_{rate:g}", {"validation_loss": loss})
+    assert learning_rate(main_grid, tmp_path, "45m/asa") == 2e-3
+    # The other seeds take the rate of the first.
+    command = by_key(main_grid, tmp_path)["45m_asa_s2", "train"].command()
+    assert "--config.optimizer.learning_rate=0.002" in command
+
+
+def test_choices_are_a_stage_of_the_first_seed(main_grid, tmp_path):
+    grid = dataclasses.replace(main_grid, choices=("piqa.jsonl", "arc.jsonl"))
+    found = [stage for stage in make_stages(grid, tmp_path) if stage.name == "choices"]
+    assert len(found) == 9
+    command = found[0].command()
+    assert command[-3:] == [
+        "--tasks=",
+        "--multiple_choice=piqa.jsonl",
+        "--multiple_choice=arc.jsonl",
+    ]
+
+
+@pytest.mark.parametrize(("evaluated", "kept"), [(4, {"2", "4"}), (2, {"2"})])
+def test_a_last_checkpoint_without_its_evaluation_is_dropped(tmp_path, evaluated, kept):
+    """Otherwise the run would be finished, and its last evaluation missing for ever."""
+    stages = by_key(load_grid(GRIDS / "smoke.py"), tmp_path)
+    stage = stages["full_s0", "sweep_0.01"]
+    workdir = stage.workdir
+    for step in (2, 4):
+        (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps({"training": {"steps": 4}}))
+    line = {"step": evaluated, "validation_loss": 1.0}
+    (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    stage.command()
+    assert {folder.name for folder in (workdir / "checkpoints").iterdir()} == kept
