@@ -2,7 +2,7 @@
 
 A bulk copy writes at least eight rows of a tile, and costs an arrival of each thread at a barrier.
 Here every thread of a warpgroup copies 16 bytes at a time, asynchronously, to where they belong;
-what is copied, a list says. Interpret mode knows no such instructions and copies one by one.
+what is copied, a list says. Interpret mode knows no such instructions and indexes arrays instead.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -11,12 +11,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.experimental.mosaic.gpu as mgpu
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
@@ -37,7 +34,7 @@ def gather_rows(rows_ref: Any, source_ref: Any, target_ref: Any, *, interpret: A
       interpret: Parameters of interpret mode.
     """
     if interpret:
-        return _copy_one_by_one(rows_ref, source_ref, target_ref)
+        return _index_rows(rows_ref, source_ref, target_ref)
     width, dtype = target_ref.shape[-1], target_ref.dtype
     tiling, swizzle = tiles.transforms(width, dtype)
     of_target = plgpu.RefType((tiling, swizzle))
@@ -62,7 +59,7 @@ def copy_blocks(
       interpret: Parameters of interpret mode.
     """
     if interpret:
-        return _copy_blocks_one_by_one(entries_ref, first, source_ref, target_ref)
+        return _index_blocks(entries_ref, first, source_ref, target_ref)
     a_ref, a_scalar = plgpu.RefType(), plgpu.Layout.WG_SPLAT
 
     @plgpu.inline_mgpu(arg_types=(a_ref, a_scalar, a_ref, a_ref))
@@ -171,16 +168,14 @@ def _start_block_copies(entries: Any, first: Any, source: Any, target: Any) -> N
             )
 
 
-def _copy_one_by_one(rows_ref: Any, source_ref: Any, target_ref: Any) -> None:
-    def copy(i: jax.Array, _: Any) -> None:
-        row = source_ref[pl.ds(jnp.maximum(rows_ref[i], 0), 1)]
-        target_ref[pl.ds(i, 1)] = jnp.where(rows_ref[i] >= 0, row, 0)
-
-    lax.fori_loop(0, tiles.ROWS, copy, None)
+def _index_rows(rows_ref: Any, source_ref: Any, target_ref: Any) -> None:
+    rows = rows_ref[...]
+    listed = source_ref[...][jnp.maximum(rows, 0)]
+    target_ref[...] = jnp.where(rows[:, None] >= 0, listed, 0)
 
 
-def _copy_blocks_one_by_one(entries_ref: Any, first: Any, source_ref: Any, target_ref: Any) -> None:
-    count, rows, *_ = target_ref.shape
-    for i in range(count):
-        number = entries_ref[jnp.minimum(first + i, entries_ref.shape[0] - 1)]
-        target_ref[i] = source_ref[pl.ds(jnp.maximum(number, 0) * rows, rows)]
+def _index_blocks(entries_ref: Any, first: Any, source_ref: Any, target_ref: Any) -> None:
+    count, rows, *rest = target_ref.shape
+    last = entries_ref.shape[0] - 1
+    numbers = entries_ref[...][jnp.minimum(first + jnp.arange(count), last)]
+    target_ref[...] = source_ref[...].reshape(-1, rows, *rest)[jnp.maximum(numbers, 0)]

@@ -13,7 +13,6 @@ from pallas_kernels.async_tls_select_blocks.reference import block_scores
 from pallas_kernels.async_tls_select_tokens import async_tls_select_tokens
 from pallas_kernels.async_tls_select_tokens.reference import Labels, label_scores
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.double_sparsity import best_tokens
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 BLOCK, LENGTHS = 4, (40, 23, 5, 1)
@@ -95,15 +94,16 @@ def test_tokens_are_those_of_the_greatest_weights(row):
 
 
 def test_budgets_that_cover_everything_are_dense_attention(row):
-    query, key, value, bounds, labels, lengths = row
-    blocks = async_tls_select_blocks(query, bounds, lengths, num_blocks=10, block_size=BLOCK)
-    tokens = async_tls_select_tokens(
-        query[..., ::2], labels, blocks, lengths, token_budget=40, block_size=BLOCK, scale=0.5
-    )
-    actual = async_tls_attention(query, key, value, tokens, scale=0.5)
-    chex.assert_trees_all_close(
-        actual, decode_attention(query, key, value, lengths, scale=0.5), atol=1e-6
-    )
+    @jax.jit
+    def both(query, key, value, bounds, labels, lengths):
+        blocks = async_tls_select_blocks(query, bounds, lengths, num_blocks=10, block_size=BLOCK)
+        tokens = async_tls_select_tokens(
+            query[..., ::2], labels, blocks, lengths, token_budget=40, block_size=BLOCK, scale=0.5
+        )
+        sparse = async_tls_attention(query, key, value, tokens, scale=0.5)
+        return sparse, decode_attention(query, key, value, lengths, scale=0.5)
+
+    chex.assert_trees_all_close(*both(*row), atol=1e-6)
 
 
 def test_attention_does_not_depend_on_the_order_or_on_other_tokens(row):
@@ -117,16 +117,6 @@ def test_attention_does_not_depend_on_the_order_or_on_other_tokens(row):
     )
     output, lse = async_tls_attention(query, key, value, positions * 0 - 1)
     assert not output.any() and (lse == -jnp.inf).all()
-
-
-def test_double_sparsity_is_level_2_of_all_blocks(row):
-    query, _, _, _, labels, lengths = row
-    every = jnp.broadcast_to(jnp.arange(TOKENS // BLOCK), (BATCH, KV_HEADS, TOKENS // BLOCK))
-    wanted = async_tls_select_tokens(
-        query[..., ::2], labels, every, lengths, token_budget=6, block_size=BLOCK, scale=0.5
-    )
-    actual = best_tokens(query[..., ::2], labels, lengths, 6, BLOCK, 0.5)
-    chex.assert_trees_all_equal(actual, wanted)
 
 
 def test_arguments_that_do_not_fit_are_named(row):

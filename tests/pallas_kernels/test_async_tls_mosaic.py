@@ -46,7 +46,7 @@ def abstract(case: Any, method: Any, batch: int, context: int) -> Any:
     ("case", "method", "batch", "context"),
     [
         (GROUPED, "async_tls", 8, 98304),
-        (LATENT, "async_tls", 1, 131072),
+        pytest.param(LATENT, "async_tls", 1, 98304, marks=pytest.mark.slow),
         pytest.param(GROUPED, "double_sparsity", 8, 98304, marks=pytest.mark.slow),
         *(
             pytest.param(case, method, batch, context, marks=pytest.mark.slow)
