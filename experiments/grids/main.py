@@ -1,4 +1,4 @@
-"""The comparison of issue and paper: nine arms of 45M parameters, 150M tokens at a context of 8k.
+"""The comparison: nine arms of 45M parameters, 150M tokens at a context of 8k.
 
 python -m experiments.compare --grid=experiments/grids/main.py --output=runs/comparison
 

@@ -1,8 +1,8 @@
-"""Every stage of the comparison with tiny models: about two minutes on two CPU cores.
+"""Every stage of the comparison with tiny models: four minutes of CPU time, most of it compiling.
 
-python -m experiments.compare --grid=experiments/grids/smoke.py --output=runs/smoke
+python -m experiments.compare --grid=experiments/grids/smoke.py --output=runs/smoke --gpu=0,1
 
-Needs `make tokens`. What it measures means nothing.
+Needs `make tokens`. What it measures means nothing. Without a GPU `--gpu=0,1` is two at a time.
 """
 
 from experiments.grid import Grid, Training
