@@ -222,16 +222,18 @@ class OptimizerConfig:
     epsilon: float
     weight_decay: float
     clip_norm: float
+    # parts of a batch, one after another; 0: so that a device has device_tokens at most, or a row
     accumulation_steps: int
+    device_tokens: int
 
     def __post_init__(self) -> None:
         require_choice("optimizer", "name", self.name, ("adamw", "muon"))
         require_choice("optimizer", "schedule", self.schedule, ("cosine", "wsd", "constant"))
         require_positive(
             "optimizer", self, "learning_rate", "adam_learning_rate", "epsilon", "clip_norm",
-            "accumulation_steps",
+            "device_tokens",
         )  # fmt: skip
-        require_range("optimizer", self, 0, "warmup_steps", "weight_decay")
+        require_range("optimizer", self, 0, "warmup_steps", "weight_decay", "accumulation_steps")
         for name in ("final_learning_rate_ratio", "decay_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optimizer.{name}", value, "between 0 and 1")
@@ -314,7 +316,7 @@ class Config:
         )  # fmt: skip
         rows, parts = self.data.batch_size, self.optimizer.accumulation_steps
         require(
-            rows % parts == 0, "data.batch_size", rows,
+            parts == 0 or rows % parts == 0, "data.batch_size", rows,
             f"a multiple of optimizer.accumulation_steps = {parts}",
         )  # fmt: skip
         steps, warmup = self.training.steps, self.optimizer.warmup_steps
@@ -322,6 +324,17 @@ class Config:
             warmup <= steps, "optimizer.warmup_steps", warmup,
             f"at most training.steps = {steps}",
         )  # fmt: skip
+
+    def batch_parts(self, mesh: Mapping[str, int]) -> int:
+        """In how many parts, one after another, a batch is divided on a mesh of these sizes."""
+        if self.optimizer.accumulation_steps:
+            return self.optimizer.accumulation_steps
+        rows = max(1, self.data.batch_size // (mesh["data"] * mesh["fsdp"]))
+        row_tokens = self.data.sequence_length // mesh["context"]
+        fitting = max(1, self.optimizer.device_tokens // row_tokens)
+        return next(
+            parts for parts in range(1, rows + 1) if rows <= fitting * parts and rows % parts == 0
+        )
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:

@@ -30,4 +30,7 @@ MLP_SIZES = {
 
 
 def get_config(arm: str = "asa") -> ConfigDict:
-    return arms.set_arm(base.get_config(), arm, num_layers=24, mlp_sizes=MLP_SIZES)
+    config = base.get_config()
+    # An H100 holds what the backward pass needs of 65,536 tokens, about 60 GiB.
+    config.model.update({"remat": "none", "scan_layers": False})
+    return arms.set_arm(config, arm, num_layers=24, mlp_sizes=MLP_SIZES)

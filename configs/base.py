@@ -103,7 +103,10 @@ def get_config() -> ConfigDict:
                 "epsilon": 1e-8,
                 "weight_decay": 0.1,
                 "clip_norm": 1.0,
-                "accumulation_steps": 1,
+                # Parts of a batch, one after another; 0: as few as leave a device no more than
+                # device_tokens tokens, or one row.
+                "accumulation_steps": 0,
+                "device_tokens": 65536,
             },
             "training": {
                 "steps": 28_600,

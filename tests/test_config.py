@@ -25,7 +25,7 @@ NUMBERS = [(s, n) for s, n in FIELDS if type(_values()[s][n]) in (int, float)]
 # Numbers that may be 0.
 ZERO = {
     "q_lora_rank", "seed", "final_learning_rate_ratio", "warmup_steps", "decay_fraction", "b1",
-    "b2", "weight_decay", "eval_every_steps", "profile_start_step", "profile_steps", "spike_factor",
+    "b2", "weight_decay", "eval_every_steps", "accumulation_steps", "profile_start_step", "profile_steps", "spike_factor",
 }  # fmt: skip
 
 
@@ -174,6 +174,21 @@ class WrongValueTest(parameterized.TestCase):
             message,
             "config.data.batch_size = 64: must be a multiple of optimizer.accumulation_steps = 7",
         )
+
+    def test_parts_of_a_batch(self):
+        """As few as leave a device 65,536 tokens or one row; 64 rows of 8,192 tokens."""
+        mesh = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
+        parts = {}
+        for name, changes in {
+            "one device": {}, "eight": {"data": 8}, "six": {"fsdp": 6}, "half rows": {"context": 2},
+        }.items():  # fmt: skip
+            parts[name] = config_from_dict(_values()).batch_parts(mesh | changes)
+        self.assertEqual(parts, {"one device": 8, "eight": 1, "six": 2, "half rows": 4})
+        values = _values()
+        values["optimizer"]["device_tokens"] = 1000
+        self.assertEqual(config_from_dict(values).batch_parts(mesh), 64)
+        values["optimizer"]["accumulation_steps"] = 2
+        self.assertEqual(config_from_dict(values).batch_parts(mesh), 2)
 
     def test_values_of_mla_that_are_wider_than_keys(self):
         values = _values()

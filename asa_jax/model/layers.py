@@ -45,12 +45,14 @@ class Projection(nnx.Module):
 
     def __call__(self, equation: str, x: jax.Array) -> jax.Array:
         """Returns einsum(equation, x, weight) + bias in the dtype of x."""
+        y = jnp.einsum(equation, x, self.matrix(x))
+        return y if self.bias is None else y + _broadcast(self.bias[...].astype(x.dtype), equation)
+
+    def matrix(self, x: jax.Array) -> jax.Array:
+        """The weight as a product with x takes it."""
         weight = self.weight[...].astype(x.dtype)
         # Of the two the smaller one should travel; in decoding that is x.
-        if x.size > weight.size:
-            weight = gathered(weight, self.axes)
-        y = jnp.einsum(equation, x, weight)
-        return y if self.bias is None else y + _broadcast(self.bias[...].astype(x.dtype), equation)
+        return gathered(weight, self.axes) if x.size > weight.size else weight
 
 
 def _broadcast(bias: jax.Array, equation: str) -> jax.Array:
@@ -97,8 +99,19 @@ class SwiGLU(nnx.Module):
     @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D]."""
-        hidden = jax.nn.silu(self.gate("...D,DF->...F", x)) * self.up("...D,DF->...F", x)
-        return self.down("...F,FD->...D", hidden)
+        gate, up = self._gate_and_up(x)
+        return self.down("...F,FD->...D", jax.nn.silu(gate) * up)
+
+    def _gate_and_up(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pair, weight = (self.gate, self.up), self.gate.weight
+        if x.size <= weight.size or self.gate.bias is not None:
+            gate, up = (projection("...D,DF->...F", x) for projection in pair)
+            return gate, up
+        # One product, so that the gradient of x is one too. The weights are joined for that, which
+        # costs little beside the activations of training and more than the product in decoding.
+        both = jnp.stack([projection.matrix(x) for projection in pair], axis=1)
+        product = jnp.einsum("...D,DEF->...EF", x, both)
+        return product[..., 0, :], product[..., 1, :]
 
 
 class TokenEmbedding(nnx.Module):

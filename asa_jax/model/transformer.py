@@ -199,8 +199,9 @@ class Transformer(nnx.Module):
         leading = [] if self.prefix is None else [self.prefix]
         if not self.cfg.scan_layers:
             results = []
+            shared = _traced_once(apply)
             for i, group in enumerate([*leading, *self.groups]):
-                x, result = apply(group, x, None if caches is None else caches[i])
+                x, result = shared(*nnx.split(group), x, None if caches is None else caches[i])
                 results.append(result)
             return x, results
         graphdef, params = nnx.split(self.groups)
@@ -291,6 +292,19 @@ def shortest_period(kinds: tuple[str, ...]) -> tuple[str, ...]:
         if len(kinds) % size == 0 and kinds[:size] * (len(kinds) // size) == kinds:
             return kinds[:size]
     return kinds
+
+
+def _traced_once(apply: GroupFunction) -> Callable[..., tuple[jax.Array, Any]]:
+    """A function of (graph definition, parameters, x, cache) that groups of one kind share.
+
+    Traced and lowered once, its kernels are compiled once; else each layer would have its own.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def call(graphdef: Any, params: Any, x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        return apply(nnx.merge(graphdef, params), x, cache)
+
+    return call
 
 
 def rematerialised(apply: GroupFunction, policy: str) -> GroupFunction:

@@ -4,8 +4,9 @@ With hidden states x_t, unembedding W and targets y_t,
 
     nll_t = logsumexp(x_t W) - (x_t W)[y_t],    d nll_t / d logits = softmax(x_t W) - onehot(y_t).
 
-The sequence is walked in chunks, forwards and again backwards, where the logits of a chunk are
-computed anew. Logits and the gradient of W accumulate in float32.
+The sequence is walked once, in chunks. Nothing follows the loss, so its gradients are those of the
+sum of all nll_t up to a factor that the backward pass brings; they are computed with the loss, from
+logits that are computed once. Logits and the gradient of W accumulate in float32.
 """
 
 from collections.abc import Callable
@@ -21,32 +22,40 @@ TOKENS = ("batch", "sequence")
 
 
 @jax.named_scope("loss")
-def token_nll(
-    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunk_tokens: int
+def summed_nll(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    counted: jax.Array,
+    chunk_tokens: int,
 ) -> jax.Array:
-    """Negative log-likelihood of each target, in nats.
+    """Sum of the negative log-likelihoods of the targets that count, in nats.
 
     Args:
         hidden: [B, T, D].
         unembedding: [D, V], of the dtype of `hidden`.
         targets: int [B, T] in [0, V).
+        counted: bool [B, T].
         chunk_tokens: tokens, over the rows of one device, whose logits exist at a time.
 
     Returns:
-        float32 [B, T].
+        float32 [].
     """
 
-    def nll(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array) -> jax.Array:
-        x, y = _chunks(hidden, targets, chunk_tokens)
-        return _join(_chunked_nll(x, gather_embed(unembedding, axis=0), y), targets.shape)
+    def nll(
+        hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, counted: jax.Array
+    ) -> jax.Array:
+        chunks = _chunks((hidden, targets, counted), chunk_tokens)
+        return _chunked_nll(gather_embed(unembedding, axis=0), *chunks)[None, None]
 
-    return sharded(nll, (HIDDEN, UNEMBEDDING, TOKENS), TOKENS)(hidden, unembedding, targets)
+    parts = sharded(nll, (HIDDEN, UNEMBEDDING, TOKENS, TOKENS), TOKENS)
+    return jnp.sum(parts(hidden, unembedding, targets, counted))
 
 
 def token_scores(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunk_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
-    """What evaluation asks of each target: its `token_nll`, and whether it is the argmax.
+    """What evaluation asks of each target: its nll, and whether it is the argmax.
 
     Args:
         hidden: [B, T, D].
@@ -69,18 +78,16 @@ def token_scores(
             nll, _ = _nll_and_lse(logits, y)
             return nll, _argmax(logits) == y
 
-        results = jax.lax.map(body, _chunks(hidden, targets, chunk_tokens))
+        results = jax.lax.map(body, _chunks((hidden, targets), chunk_tokens))
         return tuple(_join(result, targets.shape) for result in results)
 
     score = sharded(scores, (HIDDEN, UNEMBEDDING, TOKENS), (TOKENS, TOKENS))
     return score(hidden, unembedding, targets)
 
 
-def _chunks(
-    hidden: jax.Array, targets: jax.Array, chunk_tokens: int
-) -> tuple[jax.Array, jax.Array]:
-    """Hidden states and targets in chunks [chunks, B, t, ...], the last padded."""
-    rows, length = targets.shape
+def _chunks(arrays: tuple[jax.Array, ...], chunk_tokens: int) -> tuple[jax.Array, ...]:
+    """Arrays [B, T, ...] in chunks [chunks, B, t, ...], the last padded with zeros."""
+    rows, length = arrays[0].shape[:2]
     size = min(max(1, chunk_tokens // rows), length)
     count = -(-length // size)
     size = -(-length // count)
@@ -89,7 +96,7 @@ def _chunks(
         padding = ((0, 0), (0, count * size - length), *((0, 0) for _ in x.shape[2:]))
         return jnp.moveaxis(jnp.pad(x, padding).reshape(rows, count, size, *x.shape[2:]), 1, 0)
 
-    return split(hidden), split(targets)
+    return tuple(map(split, arrays))
 
 
 def _join(chunks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -134,44 +141,51 @@ def _argmax(logits: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _chunked_nll(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array) -> jax.Array:
-    return _chunked_nll_forward(hidden, unembedding, targets)[0]
+def _chunked_nll(
+    unembedding: jax.Array, hidden: jax.Array, targets: jax.Array, counted: jax.Array
+) -> jax.Array:
+    def body(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x, y, counted = chunk
+        nll, _ = _nll_and_lse(_logits(x, unembedding), y)
+        return total + jnp.sum(nll, where=counted), None
+
+    start = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
+    return jax.lax.scan(body, start, (hidden, targets, counted))[0]
 
 
 def _chunked_nll_forward(
-    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, ...]]:
-        x, y = chunk
-        return None, _nll_and_lse(_logits(x, unembedding), y)
+    unembedding: jax.Array, hidden: jax.Array, targets: jax.Array, counted: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The sum, and its gradients by this device's words and tokens."""
 
-    _, (nll, lse) = jax.lax.scan(body, None, (hidden, targets))
-    return nll, (hidden, unembedding, targets, lse)
-
-
-def _chunked_nll_backward(
-    saved: tuple[jax.Array, ...], d_nll: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    """Gradients by this device's tokens and words; `sharded` sums them over the others."""
-    hidden, unembedding, targets, lse = saved
-    # `sharded` divides what comes back among the shards that computed the same nll.
-    d_nll = _over_shards(d_nll, jax.lax.psum)
-
-    def body(d_unembedding: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        x, y, lse, d = chunk
+    def body(
+        sums: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        (total, d_unembedding), (x, y, counted) = sums, chunk
         logits = _logits(x, unembedding)
-        probability = jnp.exp(logits - lse[..., None])
-        d_logits = (probability - (_words(logits) == y[..., None])) * d[..., None]
-        d_logits = d_logits.astype(x.dtype)
+        nll, lse = _nll_and_lse(logits, y)
+        d_logits = jnp.exp(logits - lse[..., None]) - (_words(logits) == y[..., None])
+        d_logits = jnp.where(counted[..., None], d_logits, 0).astype(x.dtype)
         d_x = jnp.einsum("...V,DV->...D", d_logits, unembedding)
         d_unembedding += jnp.einsum(
             "BTD,BTV->DV", x, d_logits, preferred_element_type=d_unembedding.dtype
         )
-        return d_unembedding, d_x
+        return (total + jnp.sum(nll, where=counted), d_unembedding), d_x
 
-    start = jnp.zeros_like(unembedding, dtype=lse.dtype)
-    d_unembedding, d_hidden = jax.lax.scan(body, start, (hidden, targets, lse, d_nll))
-    return d_hidden, d_unembedding.astype(unembedding.dtype), None
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    start = jnp.zeros((), wide), jnp.zeros_like(unembedding, dtype=wide)
+    (total, d_unembedding), d_hidden = jax.lax.scan(body, start, (hidden, targets, counted))
+    return total, (d_unembedding, d_hidden)
+
+
+def _chunked_nll_backward(
+    gradients: tuple[jax.Array, jax.Array], d_total: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    # `sharded` divides what comes back among the shards that computed the same sum, and adds up
+    # the gradients of all.
+    factor, dtype = _over_shards(d_total, jax.lax.psum), gradients[1].dtype
+    d_unembedding, d_hidden = ((factor * x).astype(dtype) for x in gradients)
+    return d_unembedding, d_hidden, None, None
 
 
 _chunked_nll.defvjp(_chunked_nll_forward, _chunked_nll_backward)

@@ -65,7 +65,7 @@ def planned_collectives(config: Config, mesh: Mapping[str, int]) -> list[Planned
     Returns:
         Collectives with more than one device; a few numbers a step are left out.
     """
-    parts, shards = config.optimizer.accumulation_steps, mesh["data"] * mesh["fsdp"]
+    parts, shards = config.batch_parts(mesh), mesh["data"] * mesh["fsdp"]
     width = jnp.dtype(config.model.compute_dtype).itemsize
     rows = config.data.batch_size // shards // parts
     step = _Step(config.model, mesh, rows, config.data.sequence_length, width)

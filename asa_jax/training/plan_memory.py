@@ -42,7 +42,7 @@ def memory_by_cause(
         `always`: by cause, what exists in every phase; `loss`, `layers` and `optimizer`: what each
         phase of a step adds.
     """
-    local, parts = local_config(config, mesh.shape), config.optimizer.accumulation_steps
+    local, parts = local_config(config, mesh.shape), config.batch_parts(mesh.shape)
     gradients = _bytes(state.params)
     tokens = local.data.batch_size * local.data.sequence_length
     width = jnp.dtype(config.model.compute_dtype).itemsize

@@ -46,7 +46,7 @@ class Product(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What one device does in one part of the batch (`accumulation_steps` of them are a step).
+    """What one device does in one part of the batch (`batch_parts` of them are a step).
 
     Attributes:
         products: outside of attention.
@@ -77,7 +77,7 @@ def local_config(config: Config, mesh: Mapping[str, int]) -> Config:
     shards = mesh["data"] * mesh["fsdp"]
     data = dataclasses.replace(
         config.data,
-        batch_size=config.data.batch_size // shards // config.optimizer.accumulation_steps,
+        batch_size=config.data.batch_size // shards // config.batch_parts(mesh),
         sequence_length=config.data.sequence_length // mesh["context"],
     )
     optimizer = dataclasses.replace(config.optimizer, accumulation_steps=1)

@@ -67,7 +67,7 @@ def step_time(
         found: the collectives of a step.
         device: attained rates.
     """
-    parts = config.optimizer.accumulation_steps
+    parts = config.batch_parts(mesh)
     rates = {name: rate.value for name, rate in device.rates.items()}
     products = sum(
         each.times * max(each.flops / rates["products"], each.bytes / rates["hbm"])

@@ -46,7 +46,8 @@ LOCK = "train.lock"
 # checkpoint holds a fingerprint of their content.
 CHANGEABLE_SECTIONS = ("mesh", "evaluation")
 CHANGEABLE_FIELDS = (
-    "data.sources", "model.remat", "model.attention_implementation", "training.steps",
+    "data.sources", "model.remat", "model.attention_implementation", "optimizer.device_tokens",
+    "training.steps",
     "training.log_every_steps", "training.eval_every_steps", "training.eval_batches",
     "training.checkpoint_every_steps", "training.keep_checkpoints",
     "training.max_skipped_steps", "training.loss_chunk_tokens", "training.wandb_project",

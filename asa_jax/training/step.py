@@ -16,7 +16,7 @@ from asa_jax.context_parallel import row_multiple
 from asa_jax.errors import ConfigError
 from asa_jax.model.transformer import abstract_model, init_params
 from asa_jax.sharding import batch_sharding, check_groups, param_shardings
-from asa_jax.training.losses import token_nll
+from asa_jax.training.losses import summed_nll
 from asa_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
 # inputs, targets, positions, segment_ids: int32 [B, T] each, tokens in the order of
@@ -109,7 +109,7 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
         state=with_shardings(state, shardings),
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
-            make_step(sums, optimizer, config),
+            make_step(sums, optimizer, config, config.batch_parts(mesh.shape)),
             in_shardings=(shardings, batch),
             out_shardings=(shardings, one),
             donate_argnums=0,
@@ -126,12 +126,11 @@ def make_sums(
     def sums(params: Any, batch: Batch) -> Metrics:
         model = nnx.merge(graphdef, params)
         hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"])
-        nll = token_nll(hidden, model.unembedding(), batch["targets"], chunk_tokens)
-        counted = batch["segment_ids"] > 0
+        targets, counted = batch["targets"], batch["segment_ids"] > 0
         return {
-            "nll": jnp.sum(nll, where=counted),
+            "nll": summed_nll(hidden, model.unembedding(), targets, counted, chunk_tokens),
             "tokens": jnp.sum(counted),
-            "target_bytes": jnp.sum(jnp.asarray(byte_lengths)[batch["targets"]], where=counted),
+            "target_bytes": jnp.sum(jnp.asarray(byte_lengths)[targets], where=counted),
         }
 
     return sums
@@ -141,15 +140,16 @@ def make_step(
     sums: Callable[[Any, Batch], Metrics],
     optimizer: optax.GradientTransformation,
     config: Config,
+    parts: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the training step: one update by the mean nll of the batch's tokens.
+    """Returns the training step: one update by the mean nll of the batch's tokens, in equal parts.
 
     A loss or gradient that is not finite, or a gradient norm `spike_factor` times its average,
     leaves parameters and optimizer state as they are. That is decided before clipping, which would
     turn one infinite gradient into NaN everywhere.
     """
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
-    parts, spike_factor = config.optimizer.accumulation_steps, config.training.spike_factor
+    spike_factor = config.training.spike_factor
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Of all parts, so that their losses and gradients add up to those of the whole batch.
@@ -228,13 +228,11 @@ def _accumulate(
 def _check_mesh(config: Config, mesh: Mesh) -> None:
     if "global" in config.model.layer_kinds:
         check_groups(config.model.num_latent_groups, mesh.shape["tensor"])
-    rows = config.data.batch_size // config.optimizer.accumulation_steps
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % shards:
+    shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.batch_parts(mesh.shape)
+    if config.data.batch_size % (shards * parts):
         raise ConfigError(
             f"config.data.batch_size = {config.data.batch_size}: must be a multiple of "
-            f"mesh.data * mesh.fsdp * optimizer.accumulation_steps = "
-            f"{shards * config.optimizer.accumulation_steps}"
+            f"mesh.data * mesh.fsdp * optimizer.accumulation_steps = {shards} * {parts}"
         )
     multiple = row_multiple(config.model.alignment, mesh.shape["context"])
     if config.data.sequence_length % multiple:

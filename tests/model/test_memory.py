@@ -6,7 +6,7 @@ from flax import nnx
 
 from asa_jax.config import config_from_dict
 from asa_jax.model.transformer import abstract_model
-from asa_jax.training.losses import token_nll
+from asa_jax.training.losses import summed_nll
 from configs import tiny
 
 
@@ -20,7 +20,7 @@ def _temporary_bytes(length: int) -> int:
         model = nnx.merge(graphdef, params)
         hidden = model(inputs, positions, segment_ids)
         chunk = config.training.loss_chunk_tokens
-        return token_nll(hidden, model.unembedding(), inputs, chunk).mean()
+        return summed_nll(hidden, model.unembedding(), inputs, segment_ids > 0, chunk)
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(params, row, row, row).compile()
     return compiled.memory_analysis().temp_size_in_bytes

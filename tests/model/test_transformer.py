@@ -131,7 +131,7 @@ class ScanAndRematTest(parameterized.TestCase):
         self.assertEqual(calls["full"] - calls["attention"], 5)
 
     def test_scan_traces_a_layer_group_once(self):
-        """The program of twelve scanned layers is as long as that of four."""
+        """With scan, twelve layers are as long a program as four; without, they add calls alone."""
 
         def program(cfg):
             params = abstract_model(cfg)[1]
@@ -146,7 +146,7 @@ class ScanAndRematTest(parameterized.TestCase):
             for scan in (False, True)
         }
         self.assertEqual(sizes[4, True], sizes[12, True])
-        self.assertGreater(sizes[12, False], 2 * sizes[4, False])
+        self.assertLess(sizes[12, False], 2 * sizes[4, False])
 
 
 class ModelTest(chex.TestCase):

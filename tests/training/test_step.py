@@ -56,7 +56,11 @@ def _make(make_config, sums=_sums, spike_factor=0.0, **overrides):
     fields = {f"optimizer.{k}": v for k, v in overrides.items()}
     config = make_config(**{"training.spike_factor": spike_factor}, **fields)
     optimizer = make_optimizer(config.optimizer, config.training.steps, AXES)
-    return jax.jit(make_step(sums, optimizer, config)), _start(optimizer), config
+    return (
+        jax.jit(make_step(sums, optimizer, config, config.optimizer.accumulation_steps or 1)),
+        _start(optimizer),
+        config,
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -162,7 +166,7 @@ def test_a_batch_of_padding_alone_changes_nothing_but_decay(make_config):
 def test_is_traced_once(make_config):
     config = make_config()
     optimizer = make_optimizer(config.optimizer, config.training.steps, AXES)
-    step = jax.jit(chex.assert_max_traces(make_step(_sums, optimizer, config), n=1))
+    step = jax.jit(chex.assert_max_traces(make_step(_sums, optimizer, config, 1), n=1))
     state = _start(optimizer)
     for seed in range(3):
         state, _ = step(state, _batch(seed))
