@@ -25,7 +25,8 @@ NUMBERS = [(s, n) for s, n in FIELDS if type(_values()[s][n]) in (int, float)]
 # Numbers that may be 0.
 ZERO = {
     "q_lora_rank", "seed", "final_learning_rate_ratio", "warmup_steps", "decay_fraction", "b1",
-    "b2", "weight_decay", "eval_every_steps", "accumulation_steps", "profile_start_step", "profile_steps", "spike_factor",
+    "b2", "weight_decay", "eval_every_steps", "accumulation_steps", "profile_start_step",
+    "profile_steps", "spike_factor",
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class Row:
     tokens: int  # of a sequence
     batch: int
     target: float | None
-    remat: str = "none"
+    remat: str = "dots"
 
 
 ROWS = (

@@ -60,7 +60,7 @@ H100 = DeviceKind(
         "causal forward": Rate(455e12, f"assumed that of cuDNN in {_KERNELS}: dense, 16/4 x 64"),
         "causal backward": Rate(404e12, f"assumed that of cuDNN in {_KERNELS}: dense, 16/4 x 64"),
         # Bytes that norms, rotations, gates and sums move, for each that products read or write.
-        "elementwise": Rate(1.0, "assumed: as many bytes once more as products read and write"),
+        "elementwise": Rate(1.58, "docs/results/asa_340m_8k_full.md"),
         "nvlink": Rate(450e9, "data sheet: 900 GB/s both ways"),
         "network": Rate(50e9, "assumed: one 400 Gb/s InfiniBand port for each device"),
         "link_share": Rate(0.8, "assumed share of a link that large collectives attain"),

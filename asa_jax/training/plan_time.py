@@ -1,11 +1,12 @@
 """Expected time of a training step: work over attained rates (`plan_rates`).
 
     step    = max(compute, weights and gradients) + activations
-    compute = products + attention + elementwise + optimizer
+    compute = products + attention + elementwise + copies + optimizer
 
 Each product takes the larger of its operations over the attained rate and its bytes over the
 attained bandwidth; attention by operation, with the rate of its kernel; elementwise work moves as
-much as products read and write, times a factor; the optimizer reads and writes its state. Weights
+much as products read and write, times a factor; a scan over layers copies what it keeps for the
+backward pass; the optimizer reads and writes its state. Weights
 and gradients travel while layers are computed and cost what is beyond; activations (`tensor` and
 `context`) are waited for.
 """
@@ -22,6 +23,8 @@ from asa_jax.training.plan_share import Share
 # Of a float32 parameter: gradient (norm, then update), parameter and two moments read; parameter
 # and moments written.
 OPTIMIZER_BYTES = 8 * 4
+# What a scan keeps is filled with zeros, and copied into the stacked array and out of it.
+SCAN_COPIES = 5
 LINKS = ("nvlink", "network")
 
 
@@ -74,11 +77,13 @@ def step_time(
         for each in share.products
     )
     moved = sum(each.times * each.bytes for each in share.products)
+    copied = SCAN_COPIES * share.kept_bytes if config.model.scan_layers else 0
     attention = attention_seconds(config, mesh, share.rows, rates)
     compute = {
         "matrix products": parts * products,
         **{f"attention: {op}": parts * seconds for op, seconds in attention.items()},
         "elementwise": parts * rates["elementwise"] * moved / rates["hbm"],
+        "copies of what scan keeps": parts * copied / rates["hbm"],
         "optimizer": parameter_bytes / 4 * OPTIMIZER_BYTES / rates["hbm"],
     }
     times = [{link: 0.0 for link in LINKS} for _ in range(2)]

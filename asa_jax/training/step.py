@@ -29,6 +29,10 @@ Metrics = dict[str, jax.Array]
 SPIKE_AVERAGE_STEPS = 100
 SPIKE_FIRST_STEPS = 20
 
+# A kernel whose result a scan over layers keeps would run twice: once for what follows, and once
+# fused with the write into the stacked array.
+STEP_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
+
 
 class TrainState(NamedTuple):
     """Everything that a step changes.
@@ -113,6 +117,7 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
             in_shardings=(shardings, batch),
             out_shardings=(shardings, one),
             donate_argnums=0,
+            compiler_options=STEP_OPTIONS,
         ),
         evaluate=jax.jit(sums, in_shardings=(shardings.params, batch), out_shardings=one),
     )

@@ -1,5 +1,10 @@
+import os
+
 import jax
 import pytest
+
+# Workers of pytest-xdist share the GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 @pytest.fixture

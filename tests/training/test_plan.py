@@ -34,7 +34,7 @@ def test_memory_is_that_of_the_compiled_step(byte_lengths):
         **{
             "model.layer_kinds": ("local",) * 8, "model.hidden_size": 128,
             "model.mlp_size": 384, "model.vocab_size": 512, "model.num_heads": 4,
-            "model.window_size": 64, "model.scan_layers": True, "model.remat": "full",
+            "model.window_size": 64, "model.remat": "full",
             "model.compute_dtype": "float32", "model.attention_implementation": "xla",
             "data.sequence_length": 128, "data.batch_size": 8,
         }
@@ -71,7 +71,7 @@ def test_products_by_hand():
 
 def test_the_rate_is_near_what_one_h100_attained():
     plan = make_plan(config_of(**{"data.batch_size": 8}), 1, "H100")
-    assert plan["tokens_per_second"] == pytest.approx(105e3, rel=0.2)
+    assert plan["tokens_per_second"] == pytest.approx(111e3, rel=0.1)
     assert plan["fits"] and not plan["collectives"]
 
 
