@@ -19,7 +19,12 @@ def config_340m(sizes: list[int], fields: dict[str, Any]) -> Config:
     """The real shapes, but for the dtype: XLA on a CPU has no bfloat16 to travel."""
     config = asa_340m.get_config()
     config.update_from_flattened_dict(
-        {"model.compute_dtype": "float32", "model.remat": "full", **fields}
+        {
+            "model.compute_dtype": "float32",
+            "model.remat": "full",
+            "optimizer.accumulation_steps": 1,
+            **fields,
+        }
     )
     config.mesh = dict(zip(MESH_AXES, sizes, strict=True))
     return config_from_dict(config.to_dict())

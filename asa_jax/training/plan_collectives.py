@@ -189,10 +189,12 @@ def _activations(step: _Step) -> Iterator[Planned]:
 
 def _inputs_of_divided(model: ModelConfig) -> int:
     """Products of hidden states whose output `tensor` divides, in all layers."""
+    # Without biases `up` of the MLP is one product with its `gate`.
+    not_own = ("embedding",) if model.mlp_bias else ("embedding", "mlp/up/")
     per_period = sum(
         names.index("embed") < min(names.index(name) for name in DIVIDED & set(names))
         for path, _, names in _leaves(model)
-        if "embed" in names and DIVIDED & set(names) and not path.startswith("embedding")
+        if "embed" in names and DIVIDED & set(names) and not any(part in path for part in not_own)
     )
     repeats = model.num_layers // len(shortest_period(model.layer_kinds))
     return per_period * (repeats if model.scan_layers else 1)
