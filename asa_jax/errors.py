@@ -1,5 +1,9 @@
 """Errors that a user can cause, each one line that names the field or file and what to do."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """An error caused by the input; commands print its single line and exit with `exit_code`."""
@@ -33,3 +37,13 @@ class ImportedModelError(UserError):
     """A model folder of another program that cannot be imported: found before any array exists."""
 
     exit_code = 2
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Prints a user error of the block as one line on stderr and exits with its code."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     ENVIRONMENT = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"
 
-from asa_jax.errors import ConfigError, UserError
+from asa_jax.errors import ConfigError, exit_on_user_error
 from asa_jax.flags import PROJECT
 from experiments.grid import load_grid
 from experiments.results import write_grid
@@ -73,11 +73,8 @@ def run(options: argparse.Namespace, environment: dict[str, str]) -> int:
 
 def main(environment: dict[str, str]) -> None:
     """Runs the command."""
-    try:
+    with exit_on_user_error():
         sys.exit(run(parse(), environment))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

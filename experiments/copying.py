@@ -23,7 +23,7 @@ import numpy as np
 from asa_jax.config import MeshConfig
 from asa_jax.data.shards import open_token_folder
 from asa_jax.data.tokenizer import Tokenizer
-from asa_jax.errors import DataError, UserError
+from asa_jax.errors import DataError, exit_on_user_error
 from asa_jax.evaluation.perplexity import choose_windows
 from asa_jax.evaluation.results import standard_error
 from asa_jax.evaluation.scorer import Scorer, TokenScores
@@ -192,11 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the JSON file")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=256, help="windows, about, at most")
-    try:
+    with exit_on_user_error():
         run(parser.parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

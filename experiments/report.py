@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes alone
 
-from asa_jax.errors import DataError, UserError
+from asa_jax.errors import DataError, exit_on_user_error
 from experiments import figures
 from experiments.measured import FAR_TOKENS, Comparison, Run, load_comparison
 from experiments.power_law import fit_power_law
@@ -253,15 +252,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the page, such as a/b.md")
     options = parser.parse_args(arguments)
     folder, stem = options.output.parent / "results", options.output.stem
-    try:
+    with exit_on_user_error():
         data = load_comparison(options.comparison)
         folder.mkdir(parents=True, exist_ok=True)
         insert(options.output, page(data, draw_all(data, folder, stem)))
         raw = {"grid": data.grid, "runs": raw_results(data.runs)}
         (folder / f"{stem}.json").write_text(json.dumps(raw) + "\n")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     print(f"{options.output}, {folder}/{stem}.json and figures")
 
 

@@ -11,14 +11,13 @@ logarithmic scale: an answer is a larger part of a short sample.
 import argparse
 import json
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from asa_jax.data import prepare
 from asa_jax.data.shards import open_token_folder
 from asa_jax.data.tokenizer import Tokenizer
-from asa_jax.errors import ConfigError, UserError
+from asa_jax.errors import ConfigError, exit_on_user_error
 from asa_jax.evaluation.generated import GENERATED_TASKS
 from asa_jax.evaluation.retrieval import read_haystack
 from asa_jax.flags import PROJECT
@@ -90,11 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--min_length", type=int, default=256, help="tokens of a sample")
     parser.add_argument("--max_length", type=int, default=8192, help="tokens of a sample")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    try:
+    with exit_on_user_error():
         run(parser.parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

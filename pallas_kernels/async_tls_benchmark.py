@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels import dispatch
 from pallas_kernels.async_tls_cases import ASYNC_TLS_CASES, METHODS
 from pallas_kernels.benchmark_floors import HBM_BYTES_PER_SECOND
 from pallas_kernels.measurement import (
     Measurement,
+    can_run,
+    check_numbers,
     describe_setting,
     markdown_table,
     measure_in_turn,
@@ -198,11 +199,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.methods = options.methods.split(",")
     if unknown := set(options.methods) - set(METHODS):
         parser.error(f"--methods: unknown {sorted(unknown)}, expected some of {list(METHODS)}")
-    for name in ("batches", "contexts", "short_contexts"):
-        text = getattr(options, name)
-        numbers = text.split(",") if text or name != "short_contexts" else []
-        if not all(part.isdecimal() and int(part) > 0 for part in numbers):
-            parser.error(f"--{name}: expected numbers with commas between, got {text!r}")
+    optional = ("short_contexts",) if options.short_contexts else ()
+    check_numbers(parser, options, "batches", "contexts", *optional)
     options.cases = [case for case in ASYNC_TLS_CASES if options.cases in case.name]
     if not options.cases:
         parser.error("--cases: no layer has such a name")
@@ -212,12 +210,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code, 1 if a measurement failed or there is no GPU."""
     options = parse(arguments)
-    if options.implementation == "mosaic_gpu" and not dispatch.is_hopper():
-        print(
-            "error: the kernels need a Hopper GPU (compute capability 9); "
-            "--implementation=xla runs anywhere",
-            file=sys.stderr,
-        )
+    if not can_run(options.implementation):
         return 1
     records = measure(options)
     about = describe_setting(records, "pallas_kernels.async_tls_benchmark", arguments)

@@ -16,11 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels import dispatch
 from pallas_kernels.benchmark_floors import HBM_BYTES_PER_SECOND
 from pallas_kernels.decode_cases import DECODE_CASES, DecodeCase
 from pallas_kernels.measurement import (
     Measurement,
+    can_run,
+    check_numbers,
     describe_setting,
     markdown_table,
     measure_in_turn,
@@ -125,10 +126,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.ops = options.ops.split(",")
     if unknown := set(options.ops) - set(OPS):
         parser.error(f"--ops: unknown {sorted(unknown)}, expected some of {list(OPS)}")
-    for name in ("batches", "contexts"):
-        text = getattr(options, name)
-        if not all(part.isdecimal() and int(part) > 0 for part in text.split(",")):
-            parser.error(f"--{name}: expected numbers with commas between, got {text!r}")
+    check_numbers(parser, options, "batches", "contexts")
     options.cases = [
         case for case in DECODE_CASES if case.op in options.ops and options.cases in case.name
     ]
@@ -140,12 +138,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code, 1 if a measurement failed or there is no GPU."""
     options = parse(arguments)
-    if options.implementation == "mosaic_gpu" and not dispatch.is_hopper():
-        print(
-            "error: the kernels need a Hopper GPU (compute capability 9); "
-            "--implementation=xla runs anywhere",
-            file=sys.stderr,
-        )
+    if not can_run(options.implementation):
         return 1
     records = measure(
         options.cases, options.implementation, options.batches, options.contexts,

@@ -5,6 +5,7 @@ measures, all as JSON. One that crashes or hangs costs its own lines alone. The 
 made of the lines: a table and files.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -17,6 +18,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from pallas_kernels import dispatch
 
 
 class Measurement:
@@ -103,3 +106,25 @@ def write_report(
     path.with_suffix(".md").write_text(text)
     contents = json.dumps({"about": about, "records": records}, indent=1)
     path.with_suffix(".json").write_text(contents + "\n")
+
+
+def check_numbers(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str
+) -> None:
+    """Refuses options whose text is not positive numbers with commas between."""
+    for name in names:
+        text = getattr(options, name)
+        if not all(part.isdecimal() and int(part) > 0 for part in text.split(",")):
+            parser.error(f"--{name}: expected numbers with commas between, got {text!r}")
+
+
+def can_run(implementation: str) -> bool:
+    """Whether this machine runs the implementation; says so on stderr if not."""
+    if implementation != "mosaic_gpu" or dispatch.is_hopper():
+        return True
+    print(
+        "error: the kernels need a Hopper GPU (compute capability 9); "
+        "--implementation=xla runs anywhere",
+        file=sys.stderr,
+    )
+    return False

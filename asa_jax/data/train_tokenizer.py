@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from asa_jax.data.shard_writer import whole_file
 from asa_jax.data.sources import find_inputs, read_documents
-from asa_jax.errors import ConfigError, DataError, UserError
+from asa_jax.errors import ConfigError, DataError, exit_on_user_error
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of document
@@ -79,8 +79,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_on_user_error():
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
