@@ -107,13 +107,19 @@ def cache_report(cfg: ModelConfig, lengths: Sequence[int]) -> list[CacheReport]:
 
 def allocated_bytes(cfg: ModelConfig, batch: int, length: int) -> int:
     """Bytes of all arrays of a cache for `batch` rows of at most `length` tokens."""
-    return sum(map(_nbytes, jax.tree.leaves(_cache_shapes(cfg, batch, length))))
+    return sum(map(_nbytes, jax.tree.leaves(cache_shapes(cfg, batch, length))))
+
+
+def cache_shapes(cfg: ModelConfig, batch: int, length: int) -> Any:
+    """Shapes and dtypes of the caches of `batch` rows of at most `length` tokens."""
+    graphdef, params = _abstract_model(cfg)
+    return jax.eval_shape(lambda p: nnx.merge(graphdef, p).init_cache(batch, length), params)
 
 
 def _bytes_by_kind(cfg: ModelConfig, length: int) -> dict[str, CacheBytes]:
     # Stacked, the cache has one entry for each layer before the repetition and for each of its
     # period, which holds all the repeats.
-    caches = _cache_shapes(dataclasses.replace(cfg, scan_layers=True), 1, length)
+    caches = cache_shapes(dataclasses.replace(cfg, scan_layers=True), 1, length)
     first, rest = split_kinds(cfg)
     kinds = first + shortest_period(rest)
     layers = list(zip(kinds, map(_measure, caches), strict=True))
@@ -121,11 +127,6 @@ def _bytes_by_kind(cfg: ModelConfig, length: int) -> dict[str, CacheBytes]:
         kind: _add(size for other, size in layers if other == kind)
         for kind in dict.fromkeys(cfg.layer_kinds)
     }
-
-
-def _cache_shapes(cfg: ModelConfig, batch: int, length: int) -> Any:
-    graphdef, params = _abstract_model(cfg)
-    return jax.eval_shape(lambda p: nnx.merge(graphdef, p).init_cache(batch, length), params)
 
 
 @functools.lru_cache(maxsize=8)

@@ -149,7 +149,7 @@ class Runner:
         """Refuses caches that cannot fit; a host would swap or kill the process instead."""
         devices = list(self.mesh.devices.flat) if self.mesh else jax.local_devices()[:1]
         needed = allocated_bytes(self.cfg, num_rows, cache_length)
-        there = _memory_bytes(devices)
+        there = memory_bytes(devices)
         if needed > there:
             raise UserError(
                 f"out of memory: caches of {num_rows} x {cache_length} tokens take "
@@ -177,7 +177,7 @@ def make_draws(
     return Draws(padded, np.array(ends, np.int32), sampling.checked())
 
 
-def _memory_bytes(devices: Sequence[jax.Device]) -> int:
+def memory_bytes(devices: Sequence[jax.Device]) -> int:
     """Memory of the devices together, as far as this process can tell; of the host for CPUs."""
     stats = [device.memory_stats() or {} for device in devices]
     if all("bytes_limit" in entry for entry in stats):
