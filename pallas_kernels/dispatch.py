@@ -4,9 +4,11 @@ Every operation has an XLA form, which runs anywhere, and a Mosaic GPU kernel fo
 kernel says that it cannot take a call by raising NotImplementedError while it is traced.
 """
 
+import contextlib
+import contextvars
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import jax
@@ -14,6 +16,7 @@ import jax
 Implementation = Literal["mosaic_gpu", "xla"]
 
 _log = logging.getLogger(__name__)
+_hopper_assumed = contextvars.ContextVar("hopper_assumed", default=False)
 
 
 def run[Result](
@@ -66,8 +69,20 @@ def _run[Result](
         return xla()
 
 
+@contextlib.contextmanager
+def assumed_hopper() -> Iterator[None]:
+    """Within, programs are traced as for a Hopper GPU, whatever device is here to run them."""
+    token = _hopper_assumed.set(True)
+    try:
+        yield
+    finally:
+        _hopper_assumed.reset(token)
+
+
 def is_hopper() -> bool:
-    """Returns whether JAX's default device is a GPU of compute capability 9."""
+    """Returns whether programs are for a Hopper GPU: compute capability 9 of the default device."""
+    if _hopper_assumed.get():
+        return True
     return jax.default_backend() == "gpu" and jax.devices()[0].compute_capability.startswith("9.")
 
 

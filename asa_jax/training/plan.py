@@ -4,7 +4,8 @@ python -m asa_jax.training.plan --config=configs/asa_1b.py --devices=64 \\
     --config.mesh.data=-1 --config.mesh.fsdp=8
 
 Everything is counted from shapes; `asa_jax/training/plan_rates.py` holds the attained rates with
-their sources, and the output names the assumed ones. `--json=FILE` writes all numbers.
+their sources, and the output names the assumed ones. `--json=FILE` writes all numbers. Attention
+sees whole rows unless `--document_rows=64` counts the documents of as many rows of the data.
 """
 
 import os
@@ -18,11 +19,18 @@ from asa_jax.flags import exit_on_error, parse_config_flag, run_command
 if __name__ == "__main__":
     flags.DEFINE_integer("devices", 1, "devices of the run", lower_bound=1)
     flags.DEFINE_string("device_kind", "H100", "of which attained rates are known")
+    flags.DEFINE_integer(
+        "document_rows",
+        0,
+        "counts the documents of so many rows of config.data.sources; 0: a row is one document",
+        lower_bound=0,
+    )
     flags.DEFINE_string("json", None, "writes all numbers to this file")
     CONFIG = exit_on_error(parse_config_flag)
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes alone; a GPU is left to others
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,7 +41,8 @@ from asa_jax.errors import ConfigError
 from asa_jax.sharding import MESH_AXES, mesh_sizes
 from asa_jax.training.flops import flops_per_token
 from asa_jax.training.plan_collectives import planned_collectives
-from asa_jax.training.plan_memory import memory_by_cause, peak
+from asa_jax.training.plan_documents import count_documents
+from asa_jax.training.plan_memory import memory_by_cause
 from asa_jax.training.plan_rates import DeviceKind, device_kind
 from asa_jax.training.plan_share import trace_share
 from asa_jax.training.plan_time import step_time
@@ -43,13 +52,16 @@ SECONDS_PER_DAY = 86_400
 GIB, GB = 2**30, 1e9
 
 
-def make_plan(config: Config, devices: int, kind: str) -> dict[str, Any]:
+def make_plan(
+    config: Config, devices: int, kind: str, documents: Mapping[int, int] | None = None
+) -> dict[str, Any]:
     """Predicts a run.
 
     Args:
         config: the run.
         devices: how many.
         kind: a name of `plan_rates.DEVICE_KINDS`.
+        documents: how many of each number of tokens rows are made of; None: a row is one document.
 
     Returns:
         Numbers by name, as the JSON file holds them; bytes and seconds where not said otherwise.
@@ -65,9 +77,10 @@ def make_plan(config: Config, devices: int, kind: str) -> dict[str, Any]:
     trainer = make_trainer(config, mesh, np.ones(config.model.vocab_size, np.int32))
     share = trace_share(config, mesh.shape)
     memory = memory_by_cause(config, mesh, trainer.state, share)
-    phase, most = peak(memory)
+    most = sum(memory.values())
+    documents = documents or {config.data.sequence_length: 1}
     found = planned_collectives(config, mesh.shape)
-    time = step_time(config, mesh.shape, share, memory["always"]["parameters"], found, device)
+    time = step_time(config, mesh.shape, share, memory["parameters"], found, device, documents)
     params = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.params))
     tokens = config.data.batch_size * config.data.sequence_length
     rate = tokens / time.total
@@ -78,7 +91,6 @@ def make_plan(config: Config, devices: int, kind: str) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "parameters": params,
         "memory_bytes": memory,
-        "peak_phase": phase,
         "peak_bytes": most,
         "fits": most < device.memory,
         "collectives": [each._asdict() for each in found],
@@ -92,7 +104,8 @@ def make_plan(config: Config, devices: int, kind: str) -> dict[str, Any]:
         "mfu": rate * flops / (device.peak * devices),
         "steps": config.training.steps,
         "days": config.training.steps * time.total / SECONDS_PER_DAY,
-        "assumptions": _assumptions(config, device),
+        "documents": {str(length): number for length, number in documents.items()},
+        "assumptions": _assumptions(config, device, documents),
     }
 
 
@@ -110,16 +123,17 @@ def _check(config: Config) -> None:
         )
 
 
-def _assumptions(config: Config, device: DeviceKind) -> list[str]:
+def _assumptions(config: Config, device: DeviceKind, documents: Mapping[int, int]) -> list[str]:
     """What the prediction takes for granted."""
     said = [
         f"{name} {rate.value:.3g}: {rate.source}"
         for name, rate in device.rates.items()
         if rate.source.startswith("assumed")
     ]
+    if list(documents) == [config.data.sequence_length]:
+        said.append("every row is one document")
     said += [
-        "every row is one document; attention attains its rates at all head sizes, and with fewer "
-        "than 65,536 tokens a device",
+        "attention attains its rates at all head sizes, and with fewer than 65,536 tokens a device",
         "weights and gradients travel while layers are computed; activations are waited for",
         "input, evaluation, checkpoints and compilation take no time",
     ]
@@ -137,10 +151,9 @@ def table(plan: dict[str, Any]) -> str:
         f"{plan['parameters']:,} parameters on {plan['devices']} {plan['device_kind']}, "
         f"mesh {mesh or 'of one device'}, {plan['tokens_per_step']:,} tokens a step",
         "",
-        f"memory of a device, GiB (the peak is in phase '{plan['peak_phase']}')",
+        "memory of a device when it needs most, GiB",
     ]
-    phases = plan["memory_bytes"]
-    for cause, size in (phases["always"] | phases[plan["peak_phase"]]).items():
+    for cause, size in plan["memory_bytes"].items():
         lines.append(f"  {cause:<42}{size / GIB:8.2f}")
     fits = "" if plan["fits"] else "  DOES NOT FIT"
     lines += [f"  {'together':<42}{plan['peak_bytes'] / GIB:8.2f}{fits}", ""]
@@ -169,13 +182,14 @@ def table(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(config: Config, devices: int, kind: str, output: str | None) -> None:
+def main(config: Config, devices: int, kind: str, document_rows: int, output: str | None) -> None:
     """Prints the plan, and writes it where asked to."""
     if output is not None and not Path(output).parent.is_dir():
         raise ConfigError(f"--json={output}: {Path(output).parent} is not a directory")
     if output is not None and Path(output).is_dir():
         raise ConfigError(f"--json={output}: is a directory; name a file")
-    plan = make_plan(config, devices, kind)
+    documents = count_documents(config, document_rows) if document_rows else None
+    plan = make_plan(config, devices, kind, documents)
     print(table(plan))
     if output is not None:
         Path(output).write_text(json.dumps(plan, indent=1) + "\n")
@@ -183,4 +197,6 @@ def main(config: Config, devices: int, kind: str, output: str | None) -> None:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    run_command(lambda: main(CONFIG, FLAGS.devices, FLAGS.device_kind, FLAGS.json))
+    run_command(
+        lambda: main(CONFIG, FLAGS.devices, FLAGS.device_kind, FLAGS.document_rows, FLAGS.json)
+    )

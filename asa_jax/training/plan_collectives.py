@@ -1,14 +1,15 @@
 """The collectives of a training step on one device, from the design (docs/parallelism.md).
 
     fsdp     weights gathered forwards and, with rematerialisation, once more; gradients summed
-    data     gradients summed, each device its part of fsdp; over context alike
+    data     gradients summed in float32, each device its part of fsdp; over context alike
     context  what attention fetches: halos, latents, keys; forwards, again, and gradients back
     tensor   activations summed behind products that divide heads or MLP
 
-`tests/training/test_plan_collectives.py` holds this list against the compiled step. Bytes are
-counted as `asa_jax.collectives` does: of whole arrays.
+`tests/training/test_plan_collectives.py` and `test_plan_measured.py` hold this list against
+compiled steps. Bytes are counted as `asa_jax.collectives` does: of whole arrays.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from asa_jax.model.transformer import abstract_model, shortest_period
 from asa_jax.sharding import MESH_AXES
 
 DIVIDED = {"vocab", "heads", "kv_heads", "mlp"}  # by tensor
-_SCATTERED = "gradients, divided by fsdp"
+_SCATTERED, _WHOLE = "gradients, divided by fsdp", "gradients, whole on every device"
 
 
 class Planned(NamedTuple):
@@ -69,42 +70,52 @@ def planned_collectives(config: Config, mesh: Mapping[str, int]) -> list[Planned
     width = jnp.dtype(config.model.compute_dtype).itemsize
     rows = config.data.batch_size // shards // parts
     step = _Step(config.model, mesh, rows, config.data.sequence_length, width)
-    found = [*_weights(step), *_fetched(step), *_activations(step)]
+    every_part = [*_weights(step), *_fetched(step), *_activations(step)]
+    found = [each._replace(bytes=each.bytes * parts) for each in every_part]
+    totals: defaultdict[tuple[str, tuple[str, ...], str], float] = defaultdict(float)
+    for each in (*found, *_after_all_parts(step)):
+        axes = tuple(axis for axis in each.axes if mesh[axis] > 1)
+        totals[each.op, axes, each.what] += each.bytes
     several = (
-        each._replace(
-            axes=tuple(axis for axis in each.axes if mesh[axis] > 1), bytes=each.bytes * parts
-        )
-        for each in found
+        Planned(op, axes, size, what) for (op, axes, what), size in totals.items() if axes and size
     )
-    return sorted((each for each in several if each.axes and each.bytes), key=lambda c: -c.bytes)
+    return sorted(several, key=lambda each: -each.bytes)
 
 
 def _weights(step: _Step) -> Iterator[Planned]:
     """Weights to where they are multiplied, and their gradients back."""
-    spread = _weight_bytes(step)
-    layers, embedding, whole = (spread[part] for part in ("layers", "embedding", "whole"))
+    spread = _weight_bytes(step, step.width)
     fsdp = step.mesh["fsdp"]
-    yield Planned("all-gather", ("fsdp",), step.again * layers + embedding, "weights")
+    gathered = step.again * spread["layers"] + spread["embedding"]
+    yield Planned("all-gather", ("fsdp",), gathered, "weights")
+    # They travel as they were computed within fsdp, and are summed in float32 beyond.
+    wide = _weight_bytes(step, 4)
     if fsdp == 1:
-        every = layers + embedding + whole
-        yield Planned("reduce", ("data", "context"), every, "gradients, whole on every device")
+        yield Planned("reduce", ("data", "context"), wide["layers"] + wide["whole"], _WHOLE)
         return
-    yield Planned("reduce", ("fsdp",), layers + embedding, _SCATTERED)
-    part = (layers + embedding) / fsdp
+    yield Planned("reduce", ("fsdp",), spread["layers"] + spread["embedding"], _SCATTERED)
+    part = (wide["layers"] + wide["embedding"]) / fsdp
     yield Planned("reduce", ("data", "context"), part, "gradients, each its part of fsdp")
     every_axis = ("data", "fsdp", "context")
-    yield Planned("reduce", every_axis, whole, "gradients of what every device holds whole")
+    yield Planned("reduce", every_axis, wide["whole"], "gradients of what every device holds whole")
 
 
-def _weight_bytes(step: _Step) -> dict[str, float]:
-    """Bytes of weights on one device once gathered: spread by fsdp in layers or not."""
+def _after_all_parts(step: _Step) -> Iterator[Planned]:
+    """What is summed once a step, however many parts the batch has."""
+    if step.mesh["fsdp"] == 1:
+        size = _weight_bytes(step, 4)["embedding"]
+        yield Planned("reduce", ("data", "context"), size, _WHOLE)
+
+
+def _weight_bytes(step: _Step, width: int) -> dict[str, float]:
+    """Bytes of weights of a width on one device once gathered: spread by fsdp in layers or not."""
     total = {"layers": 0.0, "embedding": 0.0, "whole": 0.0}
     for path, size, names in _leaves(step.model):
         part = "layers" if "embed" in names else "whole"
         part = "embedding" if path.startswith("embedding") else part
         # Scales of norms are used in float32, weights are cast before they travel.
-        width = 4 if path.endswith("scale") else step.width
-        total[part] += width * size / (step.mesh["tensor"] if DIVIDED & set(names) else 1)
+        of_one = 4 if path.endswith("scale") else width
+        total[part] += of_one * size / (step.mesh["tensor"] if DIVIDED & set(names) else 1)
     return total
 
 

@@ -31,7 +31,7 @@ class DeviceKind(NamedTuple):
         host: devices of a host.
         rates: attained rates by name: `products` and, by operation of attention, forwards and
             backwards, operations a second; `hbm`, `nvlink` and `network` bytes a second, the links
-            of one device and one way; `elementwise` and `link_share` are factors.
+            of one device and one way; `link_share` is a factor.
     """
 
     peak: float
@@ -59,8 +59,6 @@ H100 = DeviceKind(
         "selected pairs backward": Rate(155e12, f"{_KERNELS}: selected, NSA 16/4 x 64"),
         "causal forward": Rate(455e12, f"assumed that of cuDNN in {_KERNELS}: dense, 16/4 x 64"),
         "causal backward": Rate(404e12, f"assumed that of cuDNN in {_KERNELS}: dense, 16/4 x 64"),
-        # Bytes that norms, rotations, gates and sums move, for each that products read or write.
-        "elementwise": Rate(1.58, "docs/results/asa_340m_8k_full.md"),
         "nvlink": Rate(450e9, "data sheet: 900 GB/s both ways"),
         "network": Rate(50e9, "assumed: one 400 Gb/s InfiniBand port for each device"),
         "link_share": Rate(0.8, "assumed share of a link that large collectives attain"),

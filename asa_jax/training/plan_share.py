@@ -1,8 +1,9 @@
 """One device's share of a training step, traced on shapes alone.
 
 What a device does under a mesh is the step of a smaller model on fewer rows and tokens: heads, MLP
-and vocabulary divided by `tensor`, rows by `data` and `fsdp`, tokens by `context`. Tracing that one
-tells its products and what its backward pass keeps, whatever the layers are.
+and vocabulary divided by `tensor`, rows by `data` and `fsdp`, tokens by `context`. That one is
+traced as for a Hopper GPU, kernels included, and tells its products, its memory and its traffic,
+whatever the layers are.
 """
 
 import dataclasses
@@ -17,17 +18,17 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from asa_jax.config import Config
-from asa_jax.model.transformer import abstract_model, shortest_period
-from asa_jax.training.flops import attention_work
+from asa_jax.model.transformer import abstract_model
+from asa_jax.training.plan_fusion import Demand, demand
+from asa_jax.training.plan_program import read_program
 from asa_jax.training.step import make_sums
+from pallas_kernels import dispatch
 
 # Operations of pallas_kernels: their work is counted by formula, since another form runs on a GPU.
 _ATTENTION = re.compile(
     r"(causal_attention|sliding_window_attention|compressed_attention|select_blocks|"
     r"selected_attention)"
 )
-# Layer groups of the trace that tells what one keeps: no other axis has this size.
-_PROBE = 1009
 BATCH = ("inputs", "targets", "positions", "segment_ids")
 
 
@@ -50,19 +51,17 @@ class Share(NamedTuple):
 
     Attributes:
         products: outside of attention.
-        kept_bytes: what the forward pass of all layers keeps for the backward pass.
-        group_bytes: what one group of layers needs while its backward pass runs.
+        demand: memory and traffic; inputs, and the sums of accumulated gradients, are not in it.
         rows: of the batch.
     """
 
     products: list[Product]
-    kept_bytes: int
-    group_bytes: int
+    demand: Demand
     rows: int
 
 
 def local_config(config: Config, mesh: Mapping[str, int]) -> Config:
-    """The model, rows and tokens of one device, scanned: it compiles alike and traces faster."""
+    """The model, rows and tokens of one device."""
     model, tensor = config.model, mesh["tensor"]
     heads = model.num_heads // tensor
     model = dataclasses.replace(
@@ -72,7 +71,6 @@ def local_config(config: Config, mesh: Mapping[str, int]) -> Config:
         num_latent_groups=min(model.num_latent_groups, heads),
         mlp_size=model.mlp_size // tensor,
         vocab_size=model.vocab_size // tensor,
-        scan_layers=True,
     )
     shards = mesh["data"] * mesh["fsdp"]
     data = dataclasses.replace(
@@ -96,18 +94,15 @@ def trace_share(config: Config, mesh: Mapping[str, int]) -> Share:
     """
     local = local_config(config, mesh)
     params = abstract_model(local.model)[1]
-    gradient = jax.make_jaxpr(jax.grad(_loss(local)))(params, _batch(local))
-    groups = local.model.num_layers // len(shortest_period(local.model.layer_kinds))
+    with dispatch.assumed_hopper():
+        gradient = jax.make_jaxpr(jax.grad(_loss(local)))(params, _batch(local))
+    # A gradient is divided like its parameter once it is whole.
+    weights = {leaf.shape: 4 * leaf.size / mesh["fsdp"] for leaf in jax.tree.leaves(params)}
     return Share(
         products=list(_products(gradient.jaxpr, 1)),
-        kept_bytes=groups * (_residual_bytes(local) + _attention_bytes(local)),
-        group_bytes=_residual_bytes(_changed(local, remat="none")),
+        demand=demand(read_program(gradient.jaxpr, weights)),
         rows=local.data.batch_size,
     )
-
-
-def _changed(config: Config, **fields: Any) -> Config:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
 
 
 def _loss(config: Config) -> Any:
@@ -120,49 +115,6 @@ def _loss(config: Config) -> Any:
 def _batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (config.data.batch_size, config.data.sequence_length)
     return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in BATCH}
-
-
-def _residual_bytes(config: Config) -> int:
-    """Bytes that the forward pass of one group of layers leaves for the backward pass.
-
-    Where kernels run, without those of attention: its XLA form keeps them in chunks, which have
-    more axes than anything else.
-    """
-    period = shortest_period(config.model.layer_kinds)
-    config = _changed(config, layer_kinds=period * _PROBE)
-    loss, params = _loss(config), abstract_model(config.model)[1]
-
-    def residuals(params: Any, batch: Any) -> Any:
-        return jax.vjp(lambda params: loss(params, batch), params)[1]
-
-    kept = jax.tree.leaves(jax.eval_shape(residuals, params, _batch(config)))
-    own = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(params)}
-    most = 5 if config.model.attention_implementation == "auto" else math.inf
-    return sum(
-        leaf.size * leaf.dtype.itemsize // _PROBE
-        for leaf in kept
-        if leaf.shape[:1] == (_PROBE,) and (leaf.shape, leaf.dtype) not in own and leaf.ndim <= most
-    )
-
-
-def _attention_bytes(config: Config) -> int:
-    """What kernels give and `remat` keeps: outputs, their log-sum-exps and lists of blocks."""
-    model = config.model
-    if model.remat in ("none", "full") or model.attention_implementation == "xla":
-        return 0  # with 'none' it is among what the layers keep
-    tokens = config.data.batch_size * config.data.sequence_length
-    width = jnp.dtype(model.compute_dtype).itemsize
-    total = 0
-    for kind in shortest_period(model.layer_kinds):
-        for work in attention_work(model, kind, config.data.sequence_length):
-            if work.op == "select":
-                lists = model.num_latent_groups if kind == "global" else model.num_kv_heads
-                total += (
-                    4 * tokens // model.queries_per_selection * lists * model.num_selected_blocks
-                )
-            else:
-                total += tokens * model.num_heads * (work.value_dim * width + 4)
-    return total
 
 
 def _products(jaxpr: Any, times: int) -> Iterator[Product]:

@@ -4,14 +4,15 @@
     compute = products + attention + elementwise + copies + optimizer
 
 Each product takes the larger of its operations over the attained rate and its bytes over the
-attained bandwidth; attention by operation, with the rate of its kernel; elementwise work moves as
-much as products read and write, times a factor; a scan over layers copies what it keeps for the
-backward pass; the optimizer reads and writes its state. Weights
-and gradients travel while layers are computed and cost what is beyond; activations (`tensor` and
-`context`) are waited for.
+attained bandwidth; attention by operation, with the rate of its kernel, for the documents of a row;
+elementwise work and the copies of a scan over layers the bytes that fused operations move
+(`plan_fusion`); the optimizer reads and writes its state. Weights and gradients travel while layers
+are computed and cost what is beyond; activations (`tensor` and `context`) are waited for.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping
+from itertools import product
 from typing import NamedTuple
 
 from asa_jax.config import Config
@@ -23,8 +24,6 @@ from asa_jax.training.plan_share import Share
 # Of a float32 parameter: gradient (norm, then update), parameter and two moments read; parameter
 # and moments written.
 OPTIMIZER_BYTES = 8 * 4
-# What a scan keeps is filled with zeros, and copied into the stacked array and out of it.
-SCAN_COPIES = 5
 LINKS = ("nvlink", "network")
 
 
@@ -59,6 +58,7 @@ def step_time(
     parameter_bytes: float,
     found: list[Planned],
     device: DeviceKind,
+    documents: Mapping[int, int],
 ) -> StepTime:
     """Seconds of a step.
 
@@ -69,6 +69,7 @@ def step_time(
         parameter_bytes: on one device.
         found: the collectives of a step.
         device: attained rates.
+        documents: how many of each number of tokens rows are made of.
     """
     parts = config.batch_parts(mesh)
     rates = {name: rate.value for name, rate in device.rates.items()}
@@ -76,14 +77,12 @@ def step_time(
         each.times * max(each.flops / rates["products"], each.bytes / rates["hbm"])
         for each in share.products
     )
-    moved = sum(each.times * each.bytes for each in share.products)
-    copied = SCAN_COPIES * share.kept_bytes if config.model.scan_layers else 0
-    attention = attention_seconds(config, mesh, share.rows, rates)
+    attention = attention_seconds(config, mesh, share.rows, rates, documents)
     compute = {
         "matrix products": parts * products,
         **{f"attention: {op}": parts * seconds for op, seconds in attention.items()},
-        "elementwise": parts * rates["elementwise"] * moved / rates["hbm"],
-        "copies of what scan keeps": parts * copied / rates["hbm"],
+        "elementwise": parts * share.demand.moved / rates["hbm"],
+        "copies of a scan": parts * share.demand.copied / rates["hbm"],
         "optimizer": parameter_bytes / 4 * OPTIMIZER_BYTES / rates["hbm"],
     }
     times = [{link: 0.0 for link in LINKS} for _ in range(2)]
@@ -95,7 +94,11 @@ def step_time(
 
 
 def attention_seconds(
-    config: Config, mesh: Mapping[str, int], rows: int, rates: Mapping[str, float]
+    config: Config,
+    mesh: Mapping[str, int],
+    rows: int,
+    rates: Mapping[str, float],
+    documents: Mapping[int, int],
 ) -> dict[str, float]:
     """Seconds by operation of attention on one device, forwards (twice where recomputed) and back.
 
@@ -104,16 +107,21 @@ def attention_seconds(
         mesh: sizes of the mesh axes.
         rows: of a device.
         rates: by name.
+        documents: how many of each number of tokens rows are made of.
     """
-    model, length = config.model, config.data.sequence_length
-    queries = rows * length / mesh["context"] * model.num_heads / mesh["tensor"]
+    model = config.model
+    queries = rows * config.data.sequence_length / mesh["context"] * model.num_heads
+    queries /= mesh["tensor"] * sum(length * number for length, number in documents.items())
     forwards = 2 if model.remat == "full" else 1
-    seconds: dict[str, float] = {}
-    for kind in model.layer_kinds:
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for (kind, layers), (length, number) in product(
+        Counter(model.layer_kinds).items(), documents.items()
+    ):
+        of_all = layers * queries * length * number
         for work in attention_work(model, kind, length):
             pairs = " pairs" if work.op == "selected" and kind == "nsa" else ""
             once = forwards * work.flops() / rates[f"{work.op}{pairs} forward"]
             if work.op != "select":
                 once += work.flops(backward=True) / rates[f"{work.op}{pairs} backward"]
-            seconds[work.op] = seconds.get(work.op, 0.0) + queries * once
-    return seconds
+            seconds[work.op] += of_all * once
+    return dict(seconds)

@@ -81,3 +81,9 @@ def test_hopper_is_compute_capability_9(monkeypatch, capability, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Device()])
     assert dispatch.is_hopper() is expected
+
+
+def test_a_program_can_be_traced_for_a_hopper_gpu_that_is_not_here():
+    with dispatch.assumed_hopper():
+        assert run(None) == "kernel"
+    assert run(None) == "reference"

@@ -1,23 +1,17 @@
-"""Plans against XLA's own account of memory, against hand counts and against measured rates."""
+"""Plans against hand counts; test_plan_measured.py holds them to an H100."""
 
 import json
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from asa_jax.config import config_from_dict
 from asa_jax.errors import ConfigError
 from asa_jax.flags import PROJECT
-from asa_jax.sharding import make_mesh
-from asa_jax.training.compile_time import lower_step
 from asa_jax.training.plan import main, make_plan, table
-from asa_jax.training.plan_memory import memory_by_cause, peak
 from asa_jax.training.plan_share import trace_share
-from asa_jax.training.step import make_trainer
 from configs import asa_340m
-from tests.models import QUICK_COMPILE
 
 ONE = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
 
@@ -26,27 +20,6 @@ def config_of(arm="asa", **fields):
     values = asa_340m.get_config(arm)
     values.update_from_flattened_dict(fields)
     return config_from_dict(values.to_dict())
-
-
-def test_memory_is_that_of_the_compiled_step(byte_lengths):
-    """On a CPU, where attention in XLA is what runs."""
-    config = config_of(
-        **{
-            "model.layer_kinds": ("local",) * 8, "model.hidden_size": 128,
-            "model.mlp_size": 384, "model.vocab_size": 512, "model.num_heads": 4,
-            "model.window_size": 64, "model.remat": "full",
-            "model.compute_dtype": "float32", "model.attention_implementation": "xla",
-            "data.sequence_length": 128, "data.batch_size": 8,
-        }
-    )  # fmt: skip
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    measured = lower_step(config, mesh).compile(QUICK_COMPILE).memory_analysis()
-    state = make_trainer(config, mesh, byte_lengths).state
-    memory = memory_by_cause(config, mesh, state, trace_share(config, mesh.shape))
-    always = sum(memory["always"].values())
-    assert always == pytest.approx(measured.argument_size_in_bytes, rel=1e-3)
-    _, most = peak(memory)
-    assert most == pytest.approx(always + measured.temp_size_in_bytes, rel=0.1)
 
 
 def test_products_by_hand():
@@ -69,12 +42,6 @@ def test_products_by_hand():
     assert sum(each.flops * each.times for each in part.products) == expected / 4
 
 
-def test_the_rate_is_near_what_one_h100_attained():
-    plan = make_plan(config_of(**{"data.batch_size": 8}), 1, "H100")
-    assert plan["tokens_per_second"] == pytest.approx(111e3, rel=0.1)
-    assert plan["fits"] and not plan["collectives"]
-
-
 def test_the_command_plans_for_devices_that_are_not_here(tmp_path):
     command = [
         sys.executable, "-m", "asa_jax.training.plan", "--config=configs/asa_1b.py",
@@ -89,7 +56,7 @@ def test_the_command_plans_for_devices_that_are_not_here(tmp_path):
     assert plan["tokens_per_second"] == pytest.approx(256 * 8192 / plan["step_seconds"])
     assert plan["days"] == pytest.approx(47_700 * plan["step_seconds"] / 86_400)
     # An eighth of what fsdp spreads; what makes keys of latents is whole on every device.
-    parameters = plan["memory_bytes"]["always"]["parameters"]
+    parameters = plan["memory_bytes"]["parameters"]
     assert 4 * plan["parameters"] / 8 < parameters < 4 * plan["parameters"] / 6
 
 
@@ -109,4 +76,4 @@ def test_what_cannot_be_planned_is_one_line(fields, kind, message):
 
 def test_a_folder_cannot_take_the_numbers(tmp_path):
     with pytest.raises(ConfigError, match=f"--json={tmp_path}: is a directory"):
-        main(config_of(), 1, "H100", str(tmp_path))
+        main(config_of(), 1, "H100", 0, str(tmp_path))
