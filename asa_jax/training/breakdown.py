@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.profiler import ProfileData
 
+from asa_jax.errors import UserError
 from asa_jax.sharding import make_mesh
 from asa_jax.training.feed import Feed
 from asa_jax.training.run_directory import open_sources
@@ -122,8 +123,16 @@ def break_down(kernels: Iterable[Kernel], sources: Mapping[str, str], steps: int
 
     Returns:
         The mean of a step. Kernels of an unknown instruction are of the part 'unknown'.
+
+    Raises:
+        UserError: there is no kernel.
     """
     ordered = sorted(kernels, key=lambda kernel: kernel.start)
+    if not ordered:
+        raise UserError(
+            f"the profile of {steps} steps holds no kernel, so nothing can be broken down; another "
+            "profiler may hold the device (CUPTI serves one at a time)"
+        )
     parts: defaultdict[tuple[str, str, str], float] = defaultdict(float)
     launches: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     busy, last = 0.0, ordered[0].start

@@ -2,6 +2,7 @@
 
 import pytest
 
+from asa_jax.errors import UserError
 from asa_jax.training.breakdown import (
     Kernel,
     break_down,
@@ -48,6 +49,11 @@ def test_kernels_count_by_part_kind_and_pass():
     assert longest[0] == ("1000.00", "0.5", "nvjet_128", "bf16[8]{0}", "jit(step)/jvp(mlp)/dot")
     assert [line[0] for line in longest] == ["1000.00", "1000.00", "750.00"]
     assert table[-1][0] == "no kernel runs" and table[-1][-2:] == ("750.00", "18.8")
+
+
+def test_a_profile_without_kernels_is_one_line():
+    with pytest.raises(UserError, match="profile of 3 steps holds no kernel"):
+        break_down([], {}, steps=3)
 
 
 @pytest.mark.usefixtures("fast_compilation")
