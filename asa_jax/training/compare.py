@@ -27,7 +27,7 @@ from asa_jax.config import config_from_dict
 from asa_jax.errors import DataError, UserError
 from asa_jax.model.transformer import count_params, shortest_period
 from asa_jax.training.metrics import METRICS, read_metrics
-from asa_jax.training.run_directory import CONFIG
+from asa_jax.training.run_directory import CONFIG, run_notes
 
 # Steps over which the noise of single batches is averaged in the plot.
 SMOOTHING_STEPS = 10
@@ -40,8 +40,9 @@ def summarise(workdir: Path) -> dict[str, Any]:
         workdir: a run directory.
 
     Returns:
-        Name, layers, parameters, the last evaluation, the median rate in tokens a second, the
-        sum of step times in seconds, and the curves of training and validation loss.
+        Name, layers, parameters, the last evaluation, the devices (None where the run does not
+        know them), the median rate in tokens a second, the sum of step times in seconds, and the
+        curves of training and validation loss.
 
     Raises:
         DataError: there is no run or no evaluation in it.
@@ -61,6 +62,7 @@ def summarise(workdir: Path) -> dict[str, Any]:
         "tokens": sum(line["tokens"] for line in steps),
         "validation_loss": evaluations[-1]["validation_loss"],
         "validation_bits_per_byte": evaluations[-1]["validation_bits_per_byte"],
+        "device": run_notes(workdir).get("device"),
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in steps),
         "step_seconds": sum(line["step_seconds"] for line in steps),
         "loss": [[line["step"], line["loss"]] for line in steps],

@@ -17,24 +17,34 @@ class Goodput:
     count.
     """
 
-    def __init__(self, lines: Sequence[Mapping[str, Any]], start_step: int, started: float) -> None:
+    def __init__(
+        self,
+        lines: Sequence[Mapping[str, Any]],
+        start_step: int,
+        started: float,
+        run_began: float | None = None,
+    ) -> None:
         """Goes on from what earlier processes of the run wrote.
 
         Args:
             lines: metrics.jsonl as the last process left it.
             start_step: the step that was restored; those after it are done again.
             started: time.monotonic() when this process began.
+            run_began: time.time() when the first process began, which counts where none of them
+                came to write a line; None: it is not known.
         """
         timed = [line for line in lines if "productive_seconds" in line]
         kept = [line["productive_seconds"] for line in timed if line["step"] <= start_step]
         self._started = started
         self._run_seconds_before = self._productive_before = self._productive = 0.0
+        began = time.time() - self._seconds()
+        # A clock that was set back between two processes adds nothing.
         if timed:
-            began = time.time() - self._seconds()
-            # A clock that was set back between two processes adds nothing.
             pause = max(0.0, began - timed[-1]["time"])
             self._run_seconds_before = timed[-1]["run_seconds"] + pause
             self._productive_before = kept[-1] if kept else 0.0
+        elif run_began is not None:
+            self._run_seconds_before = max(0.0, began - run_began)
         self._steps = 0
 
     def add(self, seconds: float, *, updated: bool) -> None:

@@ -2,6 +2,7 @@
 
     config.json      the configuration of the last start
     data.json        the fingerprint of its data
+    run.json         when its first process began, and what the last one ran on
     train.lock       held by the trainer at work
     checkpoints/     one folder a step
     metrics.jsonl    one line a step; also tensorboard/ and loss.png (docs/metrics.md)
@@ -20,6 +21,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -38,6 +40,7 @@ from asa_jax.training.wandb_log import check_wandb
 
 CONFIG = "config.json"
 DATA = "data.json"
+RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 LOCK = "train.lock"
 
@@ -143,7 +146,18 @@ def open_run(workdir: Path, config: Config, *, allow_changes: bool) -> TextIO:
     if not allow_changes:
         _refuse_other_config(workdir, config)
     _write_json(workdir / CONFIG, config_to_dict(config))
+    note_run(workdir, **{"began": time.time(), **run_notes(workdir)})
     return lock
+
+
+def run_notes(workdir: Path) -> dict[str, Any]:
+    """What run.json says: `began`, seconds since 1970, and once it trains `device` and `jax`."""
+    return _read_json(workdir / RUN) or {}
+
+
+def note_run(workdir: Path, **notes: Any) -> None:
+    """Adds to run.json."""
+    _write_json(workdir / RUN, run_notes(workdir) | notes)
 
 
 def _refuse_other_config(workdir: Path, config: Config) -> None:

@@ -21,6 +21,7 @@ from asa_jax.training.flops import flops_per_token, peak_flops
 from asa_jax.training.goodput import Goodput
 from asa_jax.training.metrics import MetricsWriter, read_metrics
 from asa_jax.training.progress import ProgressDisplay
+from asa_jax.training.run_directory import note_run, run_notes
 from asa_jax.training.wandb_log import WandbWriter
 
 
@@ -49,7 +50,11 @@ class RunLog:
         self._completed, self._seconds_per_step = 0, 0.0
         self._files = ExitStack()
         first = jax.process_index() == 0
-        self._goodput = Goodput(read_metrics(workdir) if first else [], start_step, started)
+        lines = read_metrics(workdir) if first else []
+        self._goodput = Goodput(lines, start_step, started, run_notes(workdir).get("began"))
+        if first:
+            device = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+            note_run(workdir, device=device, jax=jax.__version__)
         self._writer = MetricsWriter(workdir, start_step) if first else None
         self._wandb = (
             WandbWriter(workdir, config) if first and config.training.wandb_project else None

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from asa_jax.training import compare
+from asa_jax.training.run_directory import note_run
 from configs import tiny
 
 
@@ -17,6 +18,7 @@ def _write_run(folder, losses):
     ]
     lines.append({"step": len(losses), "validation_loss": 3.0, "validation_bits_per_byte": 1.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    note_run(folder, device=f"8 GPUs of {folder.name}")
 
 
 def test_summary_and_files(tmp_path, capsys):
@@ -28,6 +30,7 @@ def test_summary_and_files(tmp_path, capsys):
     first, second = report["runs"]
     assert (first["run"], first["steps"], first["tokens"]) == ("a", 3, 30)
     assert first["step_seconds"] == 6.0
+    assert (first["device"], second["device"]) == ("8 GPUs of a", "8 GPUs of b")
     assert second["loss"] == [[1, 5.0], [2, 4.5]]
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "1.5000" in capsys.readouterr().out

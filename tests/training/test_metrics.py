@@ -7,6 +7,7 @@ import sys
 import time
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -15,6 +16,7 @@ from asa_jax.training.flops import flops_per_token
 from asa_jax.training.goodput import Goodput
 from asa_jax.training.metrics import MetricsWriter, read_metrics
 from asa_jax.training.progress import ProgressDisplay
+from asa_jax.training.run_directory import run_notes
 from asa_jax.training.run_log import RunLog, bits_per_byte
 from asa_jax.training.wandb_log import check_wandb
 
@@ -99,6 +101,7 @@ def test_steps_are_completed_one_late_and_shown(tmp_path, make_config, capsys):
         assert line["bits_per_byte"] == pytest.approx(line["loss"] / 4 / math.log(2))
         assert line["tokens_per_second"] == pytest.approx(100 / line["step_seconds"])
         assert line["data_wait_seconds"] == 0.25
+    assert run_notes(tmp_path) == {"device": "1 cpu", "jax": jax.__version__}
     shown = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in shown] == ["step 2/4", "step 4/4"]
     assert "loss 4.0000" in shown[1] and "bits/byte 1.443" in shown[1]
@@ -165,6 +168,10 @@ def test_goodput_counts_updates_that_stay_and_the_time_between_processes(monkeyp
     clock[0] += 10
     assert third.values()["run_seconds"] == pytest.approx(110)
     assert Goodput([{"step": 1}], 1, clock[0] - 5).values()["run_seconds"] == pytest.approx(5)
+    # The first process ended before it wrote a line, a minute before the second began.
+    after_nothing = Goodput([], 0, clock[0] - 5, run_began=clock[0] - 65)
+    assert after_nothing.values()["run_seconds"] == pytest.approx(65)
+    assert Goodput([], 0, clock[0] - 5, clock[0] + 99).values()["run_seconds"] == pytest.approx(5)
 
 
 class _FakeWandb(types.ModuleType):

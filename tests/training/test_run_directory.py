@@ -20,8 +20,10 @@ from asa_jax.training.run_directory import (
     claim_data,
     config_changes,
     copy_tokenizer,
+    note_run,
     open_run,
     open_sources,
+    run_notes,
 )
 
 
@@ -33,6 +35,14 @@ def test_writes_the_configuration(tmp_path, make_config):
     with _open(tmp_path / "a" / "b", make_config()):
         written = json.loads((tmp_path / "a" / "b" / "config.json").read_text())
     assert config_changes(written, config_to_dict(make_config())) == []
+
+
+def test_a_run_knows_when_its_first_process_began(tmp_path, make_config, monkeypatch):
+    for now in (1000.0, 5000.0):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        _open(tmp_path, make_config()).close()
+        note_run(tmp_path, device=f"at {now}")
+    assert run_notes(tmp_path) == {"began": 1000.0, "device": "at 5000.0"}
 
 
 def _hold(workdir, config, ready):
