@@ -35,6 +35,7 @@ from jax.sharding import Mesh
 
 from asa_jax.decoding.generate import Generator
 from asa_jax.decoding.settings import Sampling
+from asa_jax.errors import UserError
 from asa_jax.interop.initial_params import load_initial_params
 from asa_jax.sharding import make_mesh
 from asa_jax.training.checkpoint import make_meta, restore_state
@@ -44,7 +45,7 @@ from asa_jax.training.feed import Feed
 from asa_jax.training.metrics import METRICS, PLOT, TENSORBOARD
 from asa_jax.training.processes import check_shared, joined
 from asa_jax.training.profile import ProfileWindow
-from asa_jax.training.run_directory import CHECKPOINTS, CONFIG
+from asa_jax.training.run_directory import CHECKPOINTS, CONFIG, forget_run
 from asa_jax.training.run_log import RunLog, bits_per_byte
 from asa_jax.training.signals import StopSignals
 from asa_jax.training.step import Trainer, TrainState, make_trainer
@@ -86,11 +87,20 @@ def restore_or_start(run: Run, trainer: Trainer, feed: Feed, meta: Mapping[str, 
 
 
 def start(run: Run, trainer: Trainer, feed: Feed) -> TrainState:
-    """Returns the state of step 0: random parameters, or those of `config.init_from`."""
+    """Returns the state of step 0: random parameters, or those of `config.init_from`.
+
+    Raises:
+        UserError: those cannot be had; nothing of the run is left.
+    """
     if not run.config.init_from:
         return trainer.init()
     path = Path(run.config.init_from).expanduser()
-    params, conversions = load_initial_params(path, run.config.model, trainer.mesh, feed.peek)
+    try:
+        params, conversions = load_initial_params(path, run.config.model, trainer.mesh, feed.peek)
+    except UserError:
+        if run.launch.process_id == 0:
+            forget_run(run.workdir)
+        raise
     if jax.process_index() == 0:
         print(f"parameters of {path}", *conversions, sep="\n  ", flush=True)
     return trainer.init()._replace(params=params)

@@ -160,6 +160,17 @@ def note_run(workdir: Path, **notes: Any) -> None:
     _write_json(workdir / RUN, run_notes(workdir) | notes)
 
 
+def forget_run(workdir: Path) -> None:
+    """Removes what starting wrote, unless anything else has come to lie there since."""
+    files = (CONFIG, DATA, RUN, TOKENIZER, TOKENIZER_CONFIG, LOCK)
+    if {path.name for path in workdir.iterdir()} - {*files, CHECKPOINTS} or _has_begun(workdir):
+        return
+    for name in files:
+        (workdir / name).unlink(missing_ok=True)
+    (workdir / CHECKPOINTS).rmdir()
+    workdir.rmdir()
+
+
 def _refuse_other_config(workdir: Path, config: Config) -> None:
     before = _read_json(workdir / CONFIG)
     if before and _has_begun(workdir):

@@ -20,6 +20,7 @@ from asa_jax.training.run_directory import (
     claim_data,
     config_changes,
     copy_tokenizer,
+    forget_run,
     note_run,
     open_run,
     open_sources,
@@ -43,6 +44,18 @@ def test_a_run_knows_when_its_first_process_began(tmp_path, make_config, monkeyp
         _open(tmp_path, make_config()).close()
         note_run(tmp_path, device=f"at {now}")
     assert run_notes(tmp_path) == {"began": 1000.0, "device": "at 5000.0"}
+
+
+def test_a_run_that_could_not_start_leaves_nothing(tmp_path, make_config):
+    """Unless something else has come to lie there."""
+    workdir = tmp_path / "run"
+    _open(workdir, make_config()).close()
+    (workdir / "notes.txt").touch()
+    forget_run(workdir)
+    assert (workdir / "config.json").exists()
+    (workdir / "notes.txt").unlink()
+    forget_run(workdir)
+    assert list(tmp_path.iterdir()) == []
 
 
 def _hold(workdir, config, ready):

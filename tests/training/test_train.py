@@ -8,15 +8,19 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import chex
 import pytest
 
+from asa_jax.errors import UserError
 from asa_jax.flags import PROJECT
+from asa_jax.launch import Launch
 from asa_jax.training.checkpoint import restore_params
 from asa_jax.training.metrics import read_metrics
-from asa_jax.training.run_directory import open_run
+from asa_jax.training.run_directory import Run, open_run
 from tests.training.commands import STEPS, final_params, losses, wait_for_step
+from train import start as first_state
 
 
 def test_a_run_says_what_it_does_and_where_everything_is(finished):
@@ -193,4 +197,17 @@ def test_a_model_that_reads_other_tokens_is_no_start(train, tmp_path):
         done = train(tmp_path / "run", f"--config.init_from={start}")
         assert done.returncode == 2
         assert f"config.init_from = '{start}': {reason}" in done.stderr
+
+
+def test_parameters_that_cannot_be_read_leave_no_run(tmp_path, make_config):
+    """Found once jax is there, when the run directory has been made."""
+    folder, workdir = tmp_path / "model", tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    config = make_config(**{"init_from": str(folder)})
+    with open_run(workdir, config, allow_changes=False) as lock:
+        run = Run(config, workdir, [], False, Launch(), lock)
+        with pytest.raises(UserError, match="model"):
+            first_state(run, SimpleNamespace(mesh=None), SimpleNamespace(peek=None))
+    assert not workdir.exists()
     assert not (tmp_path / "run").exists()
