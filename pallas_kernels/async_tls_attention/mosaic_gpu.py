@@ -19,6 +19,7 @@ from jax import lax
 
 from pallas_kernels.mosaic import decode, decode_walk, gather, tiles
 from pallas_kernels.mosaic.decode_walk import KEYS, Cache, Tiling
+from pallas_kernels.mosaic.gather import COPY_BYTES
 from pallas_kernels.mosaic.key_walk import copy_all
 from pallas_kernels.mosaic.tiles import ROWS
 
@@ -26,7 +27,7 @@ FEW_SPLITS = 40  # of which the merge is written out
 
 
 # Compiled by itself, so that layers of the same sizes are lowered once.
-@functools.partial(jax.jit, static_argnames=("scale", "splits", "interpret"))
+@functools.partial(jax.jit, static_argnames=("scale", "value_columns", "splits", "interpret"))
 def async_tls_attention(
     query: jax.Array,
     key: jax.Array,
@@ -34,6 +35,7 @@ def async_tls_attention(
     positions: jax.Array,
     rope_key: jax.Array | None,
     scale: float,
+    value_columns: tuple[int, int] | None = None,
     *,
     splits: int | None = None,
     interpret: Any = None,
@@ -43,7 +45,8 @@ def async_tls_attention(
     Raises:
       NotImplementedError: The kernel cannot take the call.
     """
-    cache = Cache(key, value, rope_key)
+    arrays = Cache(key, value, rope_key)
+    cache = arrays if value_columns is None else unpacked(query.shape[2], key, value_columns)
     sizes = decode_walk.tiling(cache)
     decode_walk.check_group(query, cache)
     num_heads, num_kv_heads = query.shape[1], key.shape[2]
@@ -54,13 +57,45 @@ def async_tls_attention(
         query.shape[0] * num_kv_heads, num_tiles, sizes.resident
     )
     queries = decode.split_query(
-        query.astype(key.dtype), num_kv_heads, key.shape[3], sizes.warpgroups
+        query.astype(key.dtype), num_kv_heads, cache.key.shape[3], sizes.warpgroups
     )
     positions = positions.reshape(*positions.shape[:2], num_tiles, KEYS)
     outputs, lse = _attend_splits(
-        queries, cache, positions, scale=scale, sizes=sizes, splits=splits, interpret=interpret
-    )
+        queries, arrays, cache, value_columns, positions,
+        scale=scale, sizes=sizes, splits=splits, interpret=interpret,
+    )  # fmt: skip
     return (merge if splits <= FEW_SPLITS else decode.merge)(outputs, lse, num_heads)
+
+
+def unpacked(head_dim: int, packed: jax.Array, value_columns: tuple[int, int]) -> Cache:
+    """Shapes of the keys, values and rotated keys that an array [B, S, K, W] holds.
+
+    Raises:
+      NotImplementedError: Copies cannot begin where they do, or values are part of a key otherwise
+        than as its first numbers.
+    """
+    begin, end = value_columns
+    if any(number * packed.dtype.itemsize % COPY_BYTES for number in (packed.shape[3], begin)):
+        raise NotImplementedError(
+            f"key: {packed.shape[3]} numbers with values from {begin} on, not whole {COPY_BYTES} "
+            "bytes"
+        )
+    if 0 < begin < head_dim or (begin == 0 and end > head_dim):
+        raise NotImplementedError(
+            f"value_columns: {value_columns} are neither behind a key of {head_dim} numbers nor "
+            "its first"
+        )
+
+    def of(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct((*packed.shape[:2], *shape), packed.dtype)
+
+    num_kv_heads = packed.shape[2]
+    if begin > 0:
+        return Cache(of(num_kv_heads, head_dim), of(num_kv_heads, end - begin), None)
+    if num_kv_heads > 1:
+        raise NotImplementedError(f"key: latents of {num_kv_heads} heads, the kernel takes one")
+    rope = of(head_dim - end) if end < head_dim else None
+    return Cache(of(num_kv_heads, end), None, rope)
 
 
 def merge(outputs: jax.Array, lse: jax.Array, num_heads: int) -> tuple[jax.Array, jax.Array]:
@@ -84,9 +119,13 @@ def merge(outputs: jax.Array, lse: jax.Array, num_heads: int) -> tuple[jax.Array
 
 
 def _attend_splits(
-    queries, cache: Cache, positions, *, scale: float, sizes: Tiling, splits: int, interpret: Any
-):
-    """Attends to each split: outputs [B, K, splits, parts, G, h / parts], lse [.., splits, 64]."""
+    queries, arrays: Cache, cache: Cache, value_columns, positions, *,
+    scale: float, sizes: Tiling, splits: int, interpret: Any,
+):  # fmt: skip
+    """Attends to each split: outputs [B, K, splits, parts, G, h / parts], lse [.., splits, 64].
+
+    `arrays` are in memory; `cache` is what they hold, `value_columns` where one array holds it all.
+    """
     query, rope_query = queries
     batch, num_kv_heads, parts, rows, width = query.shape
     num_tiles = positions.shape[2]
@@ -94,6 +133,7 @@ def _attend_splits(
     slots = min(sizes.slots, each)
     dtype, exponent = query.dtype, scale * tiles.LOG2E
     shared, rope = cache.value is None, rope_query is not None
+    rope_shape = () if cache.rope_key is None else (cache.rope_key.shape[2],)
 
     def body(
         q_ref, rope_q_ref, k_ref, v_ref, rope_k_ref, positions_ref, o_ref, lse_ref, *,
@@ -102,21 +142,34 @@ def _attend_splits(
         part = lax.axis_index("warpgroup")
         batch_id, split, head = (lax.axis_index(name) for name in ("batch", "split", "head"))
         place, begin = (batch_id, head), split * each
+
+        def values_of(of_head, v_ref):
+            if value_columns is None:
+                return v_ref.at[batch_id, :, head]
+            return of_head.at[:, pl.ds(value_columns[0], width)]
+
+        def rope_of(of_head, rope_k_ref):
+            if value_columns is None:
+                return rope_k_ref.at[batch_id]
+            return of_head.at[:, pl.ds(value_columns[1], *rope_shape)]
+
         count = jnp.clip(num_tiles - begin, 0, each)
 
         def fetch(tile):
             """Starts the copies of a tile, if the split has it, as one group."""
             slot = lax.rem(tile, jnp.int32(slots))
             start = functools.partial(gather.gather_rows, rows_s.at[tile], interpret=interpret)
+            of_head = k_ref.at[batch_id, :, head]
 
             @pl.when(tile < count)
             def _start():
                 columns = pl.ds(part * width, width)
-                start(k_ref.at[batch_id, :, head, columns], k_s.at[slot, part])
+                start(of_head.at[:, columns], k_s.at[slot, part])
                 if not shared:
-                    start(v_ref.at[batch_id, :, head], v_s.at[slot])
+                    start(values_of(of_head, v_ref), v_s.at[slot])
                 if rope:
-                    pl.when(part == 0)(lambda: start(rope_k_ref.at[batch_id], rope_k_s.at[slot]))
+                    source = rope_of(of_head, rope_k_ref)
+                    pl.when(part == 0)(lambda: start(source, rope_k_s.at[slot]))
 
             gather.commit_gathers(interpret=interpret)
 
@@ -169,7 +222,6 @@ def _attend_splits(
         pl.when(part == 0)(lambda: plgpu.copy_smem_to_gmem(lse_s.at[0], lse_target))
         plgpu.wait_smem_to_gmem(0)
 
-    rope_shape = () if cache.rope_key is None else (cache.rope_key.shape[2],)
     scratch: dict[str, Any] = {
         "q_s": tiles.tiled((parts, ROWS, width), dtype),
         "rope_q_s": tiles.tiled((ROWS, *rope_shape), dtype) if rope else None,
@@ -196,7 +248,7 @@ def _attend_splits(
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
-    )(query, rope_query, cache.key, cache.value, cache.rope_key, positions)
+    )(query, rope_query, arrays.key, arrays.value, arrays.rope_key, positions)
 
 
 def _meet(barrier: Any, parts: int) -> None:

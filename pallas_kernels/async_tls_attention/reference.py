@@ -13,6 +13,7 @@ def async_tls_attention(
     positions: jax.Array,
     rope_key: jax.Array | None,
     scale: float,
+    value_columns: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `api.async_tls_attention`; gathers the tokens."""
     rows = jnp.arange(positions.shape[0])[:, None, None]
@@ -23,6 +24,10 @@ def async_tls_attention(
         # What stands in the place of no token, may be anything, NaN too.
         return jnp.where(by_token[..., None] >= 0, x[rows, jnp.maximum(by_token, 0), *place], 0)
 
-    value = None if value is None else gather(value, heads)
+    listed = gather(key, heads)
+    if value_columns is not None:
+        value, listed = listed[..., slice(*value_columns)], listed[..., : query.shape[2]]
+    elif value is not None:
+        value = gather(value, heads)
     rope_key = None if rope_key is None else gather(rope_key)
-    return attend_visible(query, gather(key, heads), value, rope_key, positions >= 0, scale)
+    return attend_visible(query, listed, value, rope_key, positions >= 0, scale)

@@ -17,6 +17,7 @@ def async_tls_select_tokens(
     token_budget: int,
     block_size: int,
     scale: float,
+    places: jax.Array | None = None,  # [B, K, L]
     implementation: dispatch.Implementation | None = None,
 ) -> jax.Array:  # [B, K, token_budget + 3 block_size]
     """Chooses the tokens of listed blocks to which labels give the greatest weights.
@@ -36,11 +37,13 @@ def async_tls_select_tokens(
       token_budget: Tokens chosen besides those that are kept.
       block_size: Tokens of a block.
       scale: Factor of the scores.
+      places: int32 [B, K, L], what the result has in the place of the listed blocks, as the slots
+        of a pool that holds them; None for the blocks themselves.
       implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
 
     Returns:
-      Positions int32 [B, K, token_budget + 3 block_size] in the order of the lists, then -1; equal
-      weights go to what comes first.
+      Positions int32 [B, K, token_budget + 3 block_size], or what stands at these offsets of
+      `places`, in the order of the lists, then -1; equal weights go to what comes first.
 
     Raises:
       ValueError: An argument has a wrong shape, type or size.
@@ -48,7 +51,9 @@ def async_tls_select_tokens(
     """
     _check(query, labels, block_indices, lengths)
     arguments.check_positive(token_budget=token_budget, block_size=block_size)
-    call = query, labels, block_indices, lengths, token_budget, block_size, scale
+    if places is not None:
+        arguments.check_integers("places", places, block_indices.shape)
+    call = query, labels, block_indices, lengths, token_budget, block_size, scale, places
     return dispatch.run(
         "async_tls_select_tokens",
         implementation,

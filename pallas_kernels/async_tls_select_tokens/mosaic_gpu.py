@@ -79,6 +79,7 @@ def async_tls_select_tokens(
     token_budget: int,
     block_size: int,
     scale: float,
+    places: jax.Array | None = None,
     *,
     each: int | None = None,
     interpret: Any = None,
@@ -92,8 +93,9 @@ def async_tls_select_tokens(
     weights = token_weights(
         query, labels, block_indices, lengths, scale, each=each, interpret=interpret
     )
+    places = block_indices if places is None else places
     return largest_columns.largest_columns(
-        weights, block_indices, num_columns=block_indices.shape[2] * block_size,
+        weights, places.astype(jnp.int32), num_columns=block_indices.shape[2] * block_size,
         size=token_budget, max_kept=MAX_KEPT_BLOCKS * block_size, block_size=block_size,
         interpret=interpret,
     )  # fmt: skip

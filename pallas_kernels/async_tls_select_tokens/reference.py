@@ -31,13 +31,12 @@ def async_tls_select_tokens(
     token_budget: int,
     block_size: int,
     scale: float,
+    places: jax.Array | None = None,
 ) -> jax.Array:
     """See `api.async_tls_select_tokens`; gathers the labels of the blocks."""
-    batch, num_kv_heads, num_listed = block_indices.shape
     lengths = lengths[:, None, None]
     competes, kept = competing_blocks(block_indices, lengths, block_size)
-    positions = block_indices[..., None] * block_size + jnp.arange(block_size)
-    positions = positions.reshape(batch, num_kv_heads, num_listed * block_size)
+    positions = _tokens_of(block_indices, block_size)
     competes, kept = (
         jnp.repeat(x, block_size, axis=2) & (positions < lengths) for x in (competes, kept)
     )
@@ -45,8 +44,15 @@ def async_tls_select_tokens(
     columns = list_best(
         jnp.where(competes, weights, -jnp.inf), kept, token_budget, MAX_KEPT_BLOCKS * block_size
     )
-    chosen = jnp.take_along_axis(positions, jnp.maximum(columns, 0), axis=2)
+    listed = positions if places is None else _tokens_of(places, block_size)
+    chosen = jnp.take_along_axis(listed, jnp.maximum(columns, 0), axis=2)
     return jnp.where(columns >= 0, chosen, -1)
+
+
+def _tokens_of(blocks: jax.Array, block_size: int) -> jax.Array:
+    """Numbers of the tokens of blocks: [B, K, L] to [B, K, L * block_size]."""
+    tokens = blocks[..., None] * block_size + jnp.arange(block_size)
+    return tokens.reshape(*blocks.shape[:2], -1)
 
 
 def _weights(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
+from pallas_kernels.async_tls_attention import async_tls_attention
 from pallas_kernels.async_tls_attention import mosaic_gpu as attention_kernel
 from pallas_kernels.async_tls_attention import reference as attention_reference
 from pallas_kernels.async_tls_cases import ASYNC_TLS_CASES, METHODS
@@ -155,7 +156,8 @@ def test_interpreted_tokens_match_the_definition():
         jnp.asarray(random.uniform(-0.5, 0.5, tokens), jnp.float16),
     )
     blocks = jnp.array([[[0, 2, 3, 6, 7]], [[0, 1, 2, -1, -1]]])
-    rest = labels, blocks, jnp.array([512 - 5, 130]), 32, 64, 0.3
+    places = jnp.array([[[9, 4, 0, 2, 30]], [[5, 1, 8, -1, -1]]])
+    rest = labels, blocks, jnp.array([512 - 5, 130]), 32, 64, 0.3, places
     actual = tokens_kernel.async_tls_select_tokens(query, *rest, each=4, interpret=INTERPRET)
     query = query.astype(jnp.float32)
     wanted = tokens_reference.async_tls_select_tokens(query, *rest)
@@ -189,6 +191,27 @@ def check(actual: Any, desired: Any) -> None:
     assert error < 5e-3 * jnp.linalg.norm(desired_output.ravel())
 
 
+@pytest.mark.parametrize("latents", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_interpreted_attention_to_keys_and_values_of_one_array_is_that_to_two(latents):
+    head_dim, columns = (576, (0, 512)) if latents else (64, (64, 128))
+    query, packed = normal(0, 2, 3, head_dim), normal(1, 2, 200, 1, 576 if latents else 128)
+    positions = jax.random.randint(jax.random.key(4), (2, 1, 100), -1, 200)
+    actual = attention_kernel.async_tls_attention(
+        query, packed, None, positions, None, 0.1, columns, splits=2, interpret=INTERPRET
+    )
+    query, packed = exact(query, packed)
+    if latents:
+        parts = packed[..., :512], None, positions, packed[:, :, 0, 512:]
+    else:
+        parts = packed[..., :64], packed[..., 64:], positions, None
+    wanted = attention_reference.async_tls_attention(query, *parts, 0.1)
+    check(actual, wanted)
+    chex.assert_trees_all_close(
+        attention_reference.async_tls_attention(query, packed, None, positions, None, 0.1, columns),
+        wanted,
+    )
+
+
 @pytest.mark.parametrize(
     ("shape", "length", "splits"),
     [
@@ -213,6 +236,45 @@ def test_interpreted_attention_matches_the_definition(shape, length, splits):
     query, key, value, rope_key = exact(query, key, value, rope_key)
     call = query, key, value, positions, rope_key, 0.1
     check(actual, attention_reference.async_tls_attention(*call))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "width", "value_columns", "message"),
+    [
+        (128, 256, (64, 192), "neither behind a key of 128 numbers nor its first"),
+        (128, 260, (132, 260), "260 numbers with values from 132 on"),
+        (96, 224, (96, 224), "value: 96/128 are not"),
+        (576, 576, (0, 500), "key: 500 numbers"),
+    ],
+)
+def test_says_which_arrays_of_keys_and_values_it_does_not_take(
+    head_dim, width, value_columns, message, hopper
+):
+    query, packed = (
+        jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 8, head_dim), (1, 512, 1, width))
+    )
+    positions = jax.ShapeDtypeStruct((1, 1, 192), jnp.int32)
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(
+            lambda q, k, p: async_tls_attention(
+                q, k, None, p, value_columns=value_columns, implementation="mosaic_gpu"
+            ), query, packed, positions,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "width", "value_columns"), [(128, 256, (128, 256)), (576, 576, (0, 512))]
+)
+def test_keys_and_values_of_one_array_lower_for_cuda(head_dim, width, value_columns, hopper):
+    arrays = (
+        jax.ShapeDtypeStruct((16, 4, head_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((16, 16768, 1, width), jnp.bfloat16),
+    )
+    positions = jax.ShapeDtypeStruct((16, 1, 1216), jnp.int32)
+    traced = jax.jit(
+        lambda q, k, p: async_tls_attention(q, k, None, p, value_columns=value_columns)
+    ).trace(*arrays, positions)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 1
 
 
 needs_hopper = pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopper GPU")
@@ -280,3 +342,29 @@ def test_kernels_match_the_definition(case, method, batch, context):
     # What is exchanged weighs as much, almost, but its values are others.
     error = jnp.linalg.norm((actual[0] - wanted[0]).ravel())
     assert error < 0.1 * jnp.linalg.norm(wanted[0].ravel())
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("case", ASYNC_TLS_CASES, ids=str)
+def test_kernel_reads_keys_and_values_of_one_array(case):
+    """As a pool of blocks has them: rows of key heads, slots in the place of blocks."""
+    rows, slots = 3 * case.num_kv_heads, 262
+    columns = (case.width, 2 * case.width) if case.has_value else (0, case.width)
+    query = normal(0, rows, case.num_heads // case.num_kv_heads, case.head_dim)
+    packed = normal(1, rows, slots * case.block_size, 1, max(columns[1], case.head_dim))
+    positions = jax.random.randint(
+        jax.random.key(2), (rows, 1, case.num_attended), -1, packed.shape[1]
+    )
+    actual, wanted = (
+        jax.jit(
+            lambda q, k, p, implementation=implementation: async_tls_attention(
+                q, k, None, p, value_columns=columns, scale=case.scale,
+                implementation=implementation,
+            )
+        )(*arrays, positions)
+        for implementation, arrays in (
+            ("mosaic_gpu", (query, packed)), ("xla", exact(query, packed)),
+        )
+    )  # fmt: skip
+    check(actual, wanted)
