@@ -1,6 +1,6 @@
 """The selections that AsyncTLS is compared with, as functions of the same signature.
 
-    select(query, key, index, channels, scale, cfg) -> positions
+    select(query, key, index, channels, scale, cfg, implementation) -> positions
 
 with query [B, N, H], key [B, S, K, H], the index of the keys, channels int32 [K, r] and positions
 int32 [B, K, S'], -1 for none, to be attended to by `token_attention.attend_tokens`. All get the
@@ -15,14 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from asa_jax.async_tls.index import Index
-from asa_jax.async_tls.selection import (
-    best_tokens,
-    candidate_tokens,
-    select_blocks,
-    select_tokens,
-    with_always_kept,
-)
+from asa_jax.async_tls.selection import label_query, select_blocks, select_tokens, tokens_of
 from asa_jax.async_tls.settings import AsyncTLSConfig
+from pallas_kernels import double_sparsity as all_labels
+from pallas_kernels.async_tls_select_tokens.reference import Labels
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.token_lists import MAX_KEPT_BLOCKS, competing_blocks, list_best
 
 
 def full(
@@ -32,6 +30,7 @@ def full(
     channels: jax.Array,
     scale: float,
     cfg: AsyncTLSConfig,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """All tokens; see the module for arguments and result."""
     positions = jnp.arange(key.shape[1])
@@ -46,6 +45,7 @@ def quest(
     channels: jax.Array,
     scale: float,
     cfg: AsyncTLSConfig,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Whole blocks of the greatest bounds (Quest, Tang et al., 2024), token_budget tokens of them.
 
@@ -58,9 +58,8 @@ def quest(
         raise ValueError(f"token_budget: {cfg.token_budget} is less than a block, {cfg.block_size}")
     number = cfg.token_budget // cfg.block_size
     whole = dataclasses.replace(cfg, num_blocks=number, token_budget=number * cfg.block_size)
-    blocks = select_blocks(query, index, index.lengths, whole)
-    positions = candidate_tokens(blocks, index.lengths, cfg.block_size)
-    return with_always_kept(positions, index.lengths, cfg.block_size)
+    blocks = select_blocks(query, index, index.lengths, whole, implementation)
+    return tokens_of(blocks, index.lengths, cfg.block_size)
 
 
 def double_sparsity(
@@ -70,13 +69,16 @@ def double_sparsity(
     channels: jax.Array,
     scale: float,
     cfg: AsyncTLSConfig,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Tokens by the labels of all of them (Double Sparsity, Yang et al., 2024).
 
     See the module for arguments and result.
     """
-    blocks = _all_blocks(key, cfg.block_size)
-    return select_tokens(query, index, channels, blocks, scale, cfg)
+    return all_labels.best_tokens(
+        label_query(query, channels), Labels(*index.labels), index.lengths, cfg.token_budget,
+        cfg.block_size, scale, implementation=implementation,
+    )  # fmt: skip
 
 
 def two_level(
@@ -86,10 +88,11 @@ def two_level(
     channels: jax.Array,
     scale: float,
     cfg: AsyncTLSConfig,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """AsyncTLS's selection in its synchronous form; see the module for arguments and result."""
-    blocks = select_blocks(query, index, index.lengths, cfg)
-    return select_tokens(query, index, channels, blocks, scale, cfg)
+    blocks = select_blocks(query, index, index.lengths, cfg, implementation)
+    return select_tokens(query, index, channels, blocks, scale, cfg, implementation=implementation)
 
 
 def oracle_topk(
@@ -99,18 +102,14 @@ def oracle_topk(
     channels: jax.Array,
     scale: float,
     cfg: AsyncTLSConfig,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Tokens by their true attention weights; see the module for arguments and result."""
     grouped = query.reshape(query.shape[0], key.shape[2], -1, query.shape[2])
     scores = jnp.einsum("BKGH,BSKH->BKGS", grouped, key, preferred_element_type=jnp.float32)
-    positions = candidate_tokens(_all_blocks(key, cfg.block_size), index.lengths, cfg.block_size)
-    there = (positions >= 0)[:, :, None]
-    weights = jax.nn.softmax(scale * scores, axis=-1, where=there).sum(2)
-    chosen = best_tokens(weights, positions, cfg.token_budget)
-    return with_always_kept(chosen, index.lengths, cfg.block_size)
-
-
-def _all_blocks(key: jax.Array, block_size: int) -> jax.Array:
-    batch, length, num_kv_heads, _ = key.shape
-    blocks = jnp.arange(length // block_size, dtype=jnp.int32)
-    return jnp.broadcast_to(blocks, (batch, num_kv_heads, length // block_size))
+    lengths, token = index.lengths[:, None, None], jnp.arange(key.shape[1])
+    competes, kept = competing_blocks(token // cfg.block_size, lengths, cfg.block_size)
+    weights = jax.nn.softmax(scale * scores, axis=-1, where=competes[:, :, None]).sum(2)
+    kept = jnp.broadcast_to(kept & (token < lengths), weights.shape)
+    weights = jnp.where(competes, weights, -jnp.inf)
+    return list_best(weights, kept, cfg.token_budget, MAX_KEPT_BLOCKS * cfg.block_size)

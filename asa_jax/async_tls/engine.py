@@ -5,7 +5,7 @@ One step of decoding, in this order:
     append(tokens)      the new token goes to the tail's slot; a full tail starts for the host
     commit()            blocks that the last step asked for, and that landed, take slots
     fetch(blocks)       only if the blocks are needed now: asks, waits and commits
-    slots, pool         attention reads
+    slots_of, pool      attention reads
     prefetch(blocks)    asks for the missing blocks of the next step
 
 Slots change in `append`, `commit` and `fetch` only, so attention reads what it was told of. The
@@ -108,10 +108,11 @@ class Engine:
         """The blocks on the device, [B * K, slots, block_size, width]."""
         return self._backend.pool
 
-    @property
-    def slots(self) -> np.ndarray:
-        """The slot of each block, int32 [B, K, C]; -1 for those that cannot be read now."""
-        return self._table.slot_of.reshape(len(self.lengths), self._heads, -1).copy()
+    def slots_of(self, blocks: np.ndarray) -> np.ndarray:
+        """The slots of blocks [B, K, L], int32; -1 for those that cannot be read now, or are -1."""
+        by_row = blocks.reshape(len(self._table.state), -1)
+        slots = np.take_along_axis(self._table.slot_of, np.maximum(by_row, 0), axis=1)
+        return np.where(by_row >= 0, slots, -1).reshape(blocks.shape)
 
     def load(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Takes over the prompts of all sequences, whatever these held before.
@@ -176,16 +177,14 @@ class Engine:
         self._start_flushes()
 
     def prefetch(self, blocks: np.ndarray) -> None:
-        """Asks for the blocks [B, K, L] of the next step, best first, -1 for none.
+        """Asks for the blocks [B, K, L] of the next step, the first ones first, -1 for none.
 
         Raises:
             ValueError: there are more than cfg.num_blocks for a row.
         """
-        if blocks.shape[-1] > self._num_blocks:
-            raise ValueError(
-                f"blocks: {blocks.shape[-1]} a row, the pool is for {self._num_blocks}"
-            )
         blocks = blocks.reshape(len(self._table.state), -1)
+        if (most := (blocks >= 0).sum(1).max()) > self._num_blocks:
+            raise ValueError(f"blocks: {most} a row, the pool is for {self._num_blocks}")
         rows = np.broadcast_to(np.arange(len(blocks))[:, None], blocks.shape)
         state = np.where(blocks >= 0, self._table.state[rows, blocks], State.EMPTY)
         there = state != State.EMPTY

@@ -102,23 +102,6 @@ def append(
     return Index(bounds, labels, jnp.minimum(index.lengths + counts, labels.scale.shape[2]))
 
 
-def block_scores(query: jax.Array, index: Index) -> jax.Array:
-    """Upper bounds of the scores q . k of queries and the tokens of each block.
-
-    Args:
-        query: [B, N, H].
-        index: of the keys.
-
-    Returns:
-        float32 [B, K, G, C]; -inf for blocks without tokens.
-    """
-    grouped = query.reshape(query.shape[0], index.bounds.shape[1], -1, query.shape[2])
-    signs = jax.nn.relu(jnp.concatenate([grouped, -grouped], axis=-1))
-    scores = jnp.einsum("BKGH,BKCH->BKGC", signs, index.bounds, preferred_element_type=jnp.float32)
-    begins = index.block_size * jnp.arange(index.bounds.shape[2])
-    return jnp.where((begins < index.lengths[:, None])[:, None, None], scores, -jnp.inf)
-
-
 def _raise_bounds(
     bounds: jax.Array, key: jax.Array, lengths: jax.Array, counts: jax.Array, block_size: int
 ) -> jax.Array:

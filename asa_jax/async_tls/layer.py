@@ -11,7 +11,8 @@ from asa_jax.async_tls.engine import Engine
 from asa_jax.async_tls.index import Index, append, init_index
 from asa_jax.async_tls.selection import Lag, drifted, select_blocks, select_tokens
 from asa_jax.async_tls.settings import NEVER, AsyncTLSConfig
-from asa_jax.async_tls.token_attention import attend_rows
+from pallas_kernels.async_tls_attention import async_tls_attention
+from pallas_kernels.dispatch import Implementation
 
 
 class OffloadedLayer:
@@ -30,6 +31,7 @@ class OffloadedLayer:
         lagged: bool,
         scale: float,
         value_dim: int | None = None,
+        implementation: Implementation | None = None,
     ) -> None:
         """Makes a layer of no tokens.
 
@@ -40,11 +42,15 @@ class OffloadedLayer:
             lagged: whether blocks are those that the query of the step before chose.
             scale: factor on the scores.
             value_dim: for absorbed latents, whose values are the first features of their keys.
+            implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
         """
         self.reselected = 0
         self._cfg, self._engine, self._lagged = cfg, engine, lagged
         self._channels = jnp.asarray(channels)
-        self._attend = functools.partial(_attend_pool, scale=scale, value_dim=value_dim, cfg=cfg)
+        sizes: dict[str, Any] = {"cfg": cfg, "implementation": implementation}
+        self._advance = functools.partial(_advance, ahead=int(lagged), **sizes)
+        self._select = functools.partial(_select, **sizes)
+        self._attend = functools.partial(_attend, scale=scale, value_dim=value_dim, **sizes)
 
     def load(self, key: jax.Array, value: Any, lengths: np.ndarray) -> None:
         """Takes over a prompt; the first step behind it is synchronous in both forms.
@@ -62,6 +68,8 @@ class OffloadedLayer:
         self._index: Index = _append(empty, key, self._channels, jnp.asarray(lengths, jnp.int32))
         self._engine.load(np.asarray(_tokens(key, value)), lengths)
         self._lag: Lag | None = None
+        # The blocks of the lag on the host, once they were asked for.
+        self._listed: np.ndarray | None = None
 
     def step(self, query: jax.Array, key: jax.Array, value: Any) -> jax.Array:
         """Appends a token to every row and attends.
@@ -78,65 +86,117 @@ class OffloadedLayer:
             TransferError: blocks did not arrive. The token may be appended by then, so a step
                 cannot be repeated; the row is to be loaded anew.
         """
-        self._engine.append(_tokens(key, value))
-        self._index = _append(self._index, key[:, None], self._channels)
+        self.request()
+        self._index, tokens, chosen = self._advance(query, key, value, self._index, self._channels)
+        chosen.copy_to_host_async()
+        self._engine.append(tokens)
         self._engine.commit()
-        blocks = self._blocks_now(query)
-        slots, pool = jnp.asarray(self._engine.slots), self._engine.pool
+        blocks, listed = self._blocks_now(query, chosen)
+        places = self._engine.slots_of(listed)
         if self._lagged:
-            following = _select(query, self._index, self._index.lengths + 1, self._cfg)
-            self._lag = Lag(following, query)
-            # Asked for before attention is dispatched: a copy behind it would wait for it.
-            self._engine.prefetch(np.asarray(following))
-        return self._attend(query, self._index, self._channels, blocks, slots, pool)
+            self._lag, self._listed = Lag(chosen, query), None
+        pool = self._engine.pool
+        return self._attend(query, self._index, self._channels, blocks, places, pool)
 
-    def _blocks_now(self, query: jax.Array) -> jax.Array:
+    def request(self) -> None:
+        """Asks for the blocks of the next step, unless it did; waits till they are chosen.
+
+        The sooner after `step`, the longer blocks have to come. `step` itself does not wait, so
+        that the device has work in the meantime.
+        """
+        if self._lag is not None and self._listed is None:
+            self._listed = np.asarray(self._lag.blocks)
+            self._engine.prefetch(self._travelling(self._listed, self._engine.lengths + 1))
+
+    def _blocks_now(self, query: jax.Array, chosen: jax.Array) -> tuple[jax.Array, np.ndarray]:
         """The blocks [B, K, L] for this query, those on the device that had to be fetched."""
-        if not self._lagged or self._lag is None:
-            blocks = _select(query, self._index, self._index.lengths, self._cfg)
-            self._engine.fetch(np.asarray(blocks))
-            return blocks
+        if not self._lagged:
+            return self._fetched(chosen)
+        if self._lag is None:
+            return self._fetched(self._select(query, self._index))
         if self._cfg.drift_cosine > NEVER:
             heads = self._channels.shape[0]
             turned = drifted(query, self._lag.query, heads, self._cfg.drift_cosine)
             if turned.any():
                 self.reselected += int(turned.sum())
-                fresh = _select(query, self._index, self._index.lengths, self._cfg)
-                blocks = jnp.where(turned[..., None], fresh, self._lag.blocks)
-                self._engine.fetch(np.asarray(blocks))
-                return blocks
-        return self._lag.blocks
+                fresh = self._select(query, self._index)
+                return self._fetched(jnp.where(turned[..., None], fresh, self._lag.blocks))
+        assert self._listed is not None  # by `request`
+        return self._lag.blocks, self._listed
+
+    def _fetched(self, blocks: jax.Array) -> tuple[jax.Array, np.ndarray]:
+        listed = np.asarray(blocks)
+        self._engine.fetch(self._travelling(listed, self._engine.lengths))
+        return blocks, listed
+
+    def _travelling(self, blocks: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """A list [B, K, L] with -1 for what is on the device anyway at so many tokens [B]."""
+        tails = ((lengths - 1) // self._cfg.block_size)[:, None, None]
+        return np.where((blocks > 0) & (blocks < tails - 1), blocks, -1)
 
 
-_append = jax.jit(append)
-_select = jax.jit(select_blocks, static_argnames="cfg")
+_append = jax.jit(append, donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "implementation"))
+def _select(
+    query: jax.Array, index: Index, *, cfg: AsyncTLSConfig, implementation: Implementation | None
+) -> jax.Array:
+    return select_blocks(query, index, index.lengths, cfg, implementation)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("ahead", "cfg", "implementation"), donate_argnames="index"
+)
+def _advance(
+    query: jax.Array,
+    key: jax.Array,
+    value: Any,
+    index: Index,
+    channels: jax.Array,
+    *,
+    ahead: int,
+    cfg: AsyncTLSConfig,
+    implementation: Implementation | None,
+) -> tuple[Index, jax.Array, jax.Array]:
+    """The index with one token more, the token by row of the pool, and the blocks of level 1.
+
+    `ahead`: at how many tokens more the blocks are to be read.
+    """
+    index = append(index, key[:, None], channels)
+    tokens = _tokens(key, value)
+    blocks = select_blocks(query, index, index.lengths + ahead, cfg, implementation)
+    return index, tokens.reshape(-1, tokens.shape[-1]), blocks
 
 
 def _tokens(key: Any, value: Any) -> Any:
     return key if value is None else jnp.concatenate([key, value], axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "value_dim", "cfg"))
-def _attend_pool(
+@functools.partial(jax.jit, static_argnames=("scale", "value_dim", "cfg", "implementation"))
+def _attend(
     query: jax.Array,
     index: Index,
     channels: jax.Array,
     blocks: jax.Array,
-    slots: jax.Array,
+    places: jax.Array,
     pool: jax.Array,
     *,
     scale: float,
     value_dim: int | None,
     cfg: AsyncTLSConfig,
+    implementation: Implementation | None,
 ) -> jax.Array:
-    """Attends to the selected tokens of those blocks [B, K, L] that have slots [B, K, C]."""
-    there = jnp.take_along_axis(slots, blocks, axis=2) >= 0
-    blocks = jnp.where(there & (blocks >= 0), blocks, -1)
-    positions = select_tokens(query, index, channels, blocks, scale, cfg)
-    slot = jnp.take_along_axis(slots, positions // cfg.block_size, axis=2)
-    place = slot * cfg.block_size + positions % cfg.block_size
-    flat = pool.reshape(*slots.shape[:2], -1, pool.shape[-1])
-    tokens = jnp.take_along_axis(flat, place[..., None], axis=2)
-    head_dim = query.shape[2]
-    value = tokens[..., head_dim:] if value_dim is None else tokens[..., :value_dim]
-    return attend_rows(query, tokens[..., :head_dim], value, positions >= 0, scale)
+    """Attends to the selected tokens of those blocks [B, K, L] that have slots, `places`."""
+    chosen = select_tokens(
+        query, index, channels, jnp.where(places >= 0, blocks, -1), scale, cfg,
+        places=places, implementation=implementation,
+    )  # fmt: skip
+    batch, num_heads, head_dim = query.shape
+    rows, width = pool.shape[0], pool.shape[-1]
+    output, _ = async_tls_attention(
+        query.reshape(rows, -1, head_dim), pool.reshape(rows, -1, 1, width), None,
+        chosen.reshape(rows, 1, -1), scale=scale, implementation=implementation,
+        value_columns=(head_dim, width) if value_dim is None else (0, value_dim),
+    )  # fmt: skip
+    return output.reshape(batch, num_heads, -1)

@@ -20,7 +20,7 @@ from asa_jax.async_tls.model_layers import (
     project,
 )
 from asa_jax.async_tls.settings import DecodingConfig
-from asa_jax.async_tls.token_attention import attend_tokens
+from asa_jax.async_tls.token_attention import attend_cache
 from asa_jax.model.transformer import Layer, Transformer
 
 MemoryDecoder = Literal["quest", "double_sparsity", "oracle_topk"]
@@ -75,12 +75,13 @@ class SparseDecode:
         cache = append_token(cache, new, position)
         # A row that has ended stays where it is; others are as long already.
         index = append(index._replace(lengths=position), new.key, channels)
-        key, value = cached_tokens(cache)
-        value = key[..., : layer.attention.cfg.kv_lora_rank] if value is None else value
+        key, _ = cached_tokens(cache)
         query, scale = new.query[:, 0], layer.attention.scale
-        chosen = _SELECTIONS[self.decoder](query, key, index, channels, scale, self.settings.sizes)
         implementation = layer.attention.cfg.implementation
-        mixed = attend_tokens(query, key, value, chosen, scale, implementation)
+        chosen = _SELECTIONS[self.decoder](
+            query, key, index, channels, scale, self.settings.sizes, implementation
+        )
+        mixed = attend_cache(query, cache, chosen, scale, implementation)
         return finish(layer, x[:, None], mixed[:, None])[:, 0], cache, index
 
 

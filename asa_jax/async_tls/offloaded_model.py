@@ -132,6 +132,12 @@ class OffloadedModel:
                 query, key, value = _project(graphdef, params, x, position)
                 mixed = self._sparse[number - num_dense].step(query, key, value)
                 x = _finish(graphdef, params, x, mixed)
+                if number > num_dense:
+                    # Of the layer before: the device has this one to go on with meanwhile, and a
+                    # copy does not wait for more than that.
+                    self._sparse[number - num_dense - 1].request()
+        for layer in self._sparse[-1:]:
+            layer.request()
         self._tokens += tokens.size
         return _final_norm(self._params, x, cfg=self._cfg)
 
@@ -147,7 +153,7 @@ class OffloadedModel:
         scale = nnx.merge(graphdef, params).attention.scale
         return OffloadedLayer(
             sizes, engine, self._channels[number], lagged=self._settings.lagged, scale=scale,
-            value_dim=self._shape.value_dim,
+            value_dim=self._shape.value_dim, implementation=self._cfg.implementation,
         )  # fmt: skip
 
     def _new_backend(

@@ -5,10 +5,12 @@
 
 over the query heads g of a key head, M being M_t in the synchronous form and M_{t-1} in the lagged
 one, in which M_t only says what to fetch for step t + 1. The first block, the tail and the block
-before it are always attended to, outside both budgets.
+before it are always attended to, outside both budgets, and stand on every list of blocks.
 
-M_t leaves out what step t + 1 always keeps; so nothing is lost when a new tail begins, and the
-lagged form differs from the synchronous one by the query that chose and by nothing else.
+M_t is chosen beside what step t + 1 always keeps; so nothing is lost when a new tail begins, and
+the lagged form differs from the synchronous one by the query that chose and by nothing else.
+
+Both levels are operations of `pallas_kernels`, which have kernels.
 """
 
 from typing import Any, NamedTuple
@@ -16,16 +18,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from asa_jax.async_tls.index import Index, block_scores
-from asa_jax.async_tls.labels import label_scores, take_channels
+from asa_jax.async_tls.index import Index
+from asa_jax.async_tls.labels import take_channels
 from asa_jax.async_tls.settings import NEVER, AsyncTLSConfig
+from pallas_kernels.async_tls_select_blocks import async_tls_select_blocks
+from pallas_kernels.async_tls_select_tokens import async_tls_select_tokens
+from pallas_kernels.async_tls_select_tokens.reference import Labels
+from pallas_kernels.dispatch import Implementation
 
 
 class Lag(NamedTuple):
     """What the lagged form remembers of the step before.
 
     Attributes:
-        blocks: int32 [B, K, L], M_{t-1}.
+        blocks: int32 [B, K, L], M_{t-1} and what step t always keeps.
         query: [B, N, H], q_{t-1}.
     """
 
@@ -34,7 +40,11 @@ class Lag(NamedTuple):
 
 
 def select_blocks(
-    query: jax.Array, index: Index, lengths: jax.Array, cfg: AsyncTLSConfig
+    query: jax.Array,
+    index: Index,
+    lengths: jax.Array,
+    cfg: AsyncTLSConfig,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Level 1: the blocks whose bounds are greatest for some query head of a key head.
 
@@ -42,18 +52,17 @@ def select_blocks(
         query: [B, N, H].
         index: of the keys.
         lengths: int32 [B], tokens at the step that will use the blocks, that of the query or the
-            next; what it always keeps is not chosen.
+            next; what it always keeps does not compete and is on the list.
         cfg: sizes.
+        implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
 
     Returns:
-        int32 [B, K, L], best first, -1 at the end; L = num_blocks, or all blocks if fewer.
+        int32 [B, K, L], ascending, -1 at the end; L = num_blocks + 3.
     """
-    scores = block_scores(query, index).max(2)
-    number = jnp.arange(scores.shape[2])
-    kept = _is_always_kept(number, lengths[:, None], cfg.block_size)
-    scores = jnp.where(kept[:, None], -jnp.inf, scores)
-    best, blocks = jax.lax.top_k(scores, min(cfg.num_blocks, scores.shape[2]))
-    return jnp.where(best > -jnp.inf, blocks, -1).astype(jnp.int32)
+    return async_tls_select_blocks(
+        query, index.bounds, lengths,
+        num_blocks=cfg.num_blocks, block_size=cfg.block_size, implementation=implementation,
+    )  # fmt: skip
 
 
 def select_tokens(
@@ -63,6 +72,9 @@ def select_tokens(
     blocks: jax.Array,
     scale: float,
     cfg: AsyncTLSConfig,
+    *,
+    places: jax.Array | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Level 2: the tokens of blocks with the greatest estimated weights, and those always kept.
 
@@ -70,18 +82,27 @@ def select_tokens(
         query: [B, N, H].
         index: of the keys.
         channels: int32 [K, r], of the labels.
-        blocks: int32 [B, K, L], -1 for none; those that are always kept are passed over.
+        blocks: int32 [B, K, L], those that are always kept included, -1 for none.
         scale: factor on the scores, as in attention.
         cfg: sizes.
+        places: int32 [B, K, L], slots of the blocks; None for positions in the text.
+        implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
 
     Returns:
-        Positions int32 [B, K, S'], no position twice, -1 for none: S' = token_budget (or all tokens
-        of the blocks if fewer) + 3 block_size.
+        Positions int32 [B, K, token_budget + 3 block_size], or what stands at these offsets of the
+        slots; none twice, -1 for none.
     """
-    positions = candidate_tokens(blocks, index.lengths, cfg.block_size)
-    weights = _estimated_weights(query, index, channels, positions, scale)
-    chosen = best_tokens(weights, positions, cfg.token_budget)
-    return with_always_kept(chosen, index.lengths, cfg.block_size)
+    return async_tls_select_tokens(
+        label_query(query, channels), Labels(*index.labels), blocks, index.lengths,
+        token_budget=cfg.token_budget, block_size=cfg.block_size, scale=scale, places=places,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+def label_query(query: jax.Array, channels: jax.Array) -> jax.Array:
+    """The channels [K, r] of labels out of queries [B, N, H]: [B, N, r]."""
+    group = query.shape[1] // len(channels)
+    return take_channels(query, jnp.repeat(channels, group, axis=0))
 
 
 def synchronous_step(
@@ -142,20 +163,8 @@ def drifted(query: jax.Array, before: jax.Array, num_kv_heads: int, cosine: floa
     return away.reshape(away.shape[0], num_kv_heads, -1).any(-1)
 
 
-def always_kept_blocks(lengths: jax.Array, block_size: int) -> jax.Array:
-    """The first block, the tail and the one before it: int32 [B, 3], each once, -1 for none."""
-    tail = (lengths - 1) // block_size
-    previous = jnp.where(tail > 1, tail - 1, -1)
-    return jnp.stack([jnp.where(tail > 0, 0, -1), previous, tail], axis=1).astype(jnp.int32)
-
-
-def _is_always_kept(blocks: jax.Array, lengths: jax.Array, block_size: int) -> jax.Array:
-    tail = (lengths - 1) // block_size
-    return (blocks == 0) | ((blocks >= tail - 1) & (blocks <= tail))
-
-
-def candidate_tokens(blocks: jax.Array, lengths: jax.Array, block_size: int) -> jax.Array:
-    """Positions of the tokens of blocks that are not kept anyway.
+def tokens_of(blocks: jax.Array, lengths: jax.Array, block_size: int) -> jax.Array:
+    """Positions of all tokens of blocks.
 
     Args:
         blocks: int32 [B, K, L], -1 for none.
@@ -163,40 +172,8 @@ def candidate_tokens(blocks: jax.Array, lengths: jax.Array, block_size: int) -> 
         block_size: tokens of a block.
 
     Returns:
-        int32 [B, K, L * block_size], -1 for none.
+        int32 [B, K, L * block_size], -1 where there is none.
     """
-    kept = _is_always_kept(blocks, lengths[:, None, None], block_size)
-    return _tokens_of(jnp.where(kept, -1, blocks), lengths, block_size)
-
-
-def best_tokens(weights: jax.Array, positions: jax.Array, budget: int) -> jax.Array:
-    """The positions [B, K, min(budget, s)] of the greatest of weights [B, K, s], -1 for none."""
-    weights = jnp.where(positions >= 0, weights, -1.0)
-    best, place = jax.lax.top_k(weights, min(budget, weights.shape[2]))
-    return jnp.where(best >= 0, jnp.take_along_axis(positions, place, axis=2), -1)
-
-
-def with_always_kept(chosen: jax.Array, lengths: jax.Array, block_size: int) -> jax.Array:
-    """Adds the tokens that are always kept to positions: [B, K, s] to [B, K, s + 3 block_size]."""
-    always = _tokens_of(always_kept_blocks(lengths, block_size)[:, None], lengths, block_size)
-    always = jnp.broadcast_to(always, (*chosen.shape[:2], always.shape[2]))
-    return jnp.concatenate([chosen, always], axis=2)
-
-
-def _tokens_of(blocks: jax.Array, lengths: jax.Array, block_size: int) -> jax.Array:
-    """Positions of the tokens of blocks [B, k, L]: [B, k, L * block_size], -1 where none is."""
     positions = blocks[..., None] * block_size + jnp.arange(block_size)
     there = (blocks[..., None] >= 0) & (positions < lengths[:, None, None, None])
     return jnp.where(there, positions, -1).reshape(*blocks.shape[:2], -1)
-
-
-def _estimated_weights(
-    query: jax.Array, index: Index, channels: jax.Array, positions: jax.Array, scale: float
-) -> jax.Array:
-    """Softmax of label scores over positions [B, K, s], summed over G: [B, K, s]."""
-    rows, heads = (jnp.arange(n) for n in positions.shape[:2])
-    labels = jax.tree.map(lambda x: x[rows[:, None, None], heads[:, None], positions], index.labels)
-    grouped = query.reshape(*positions.shape[:2], -1, query.shape[2])
-    parts = take_channels(grouped.swapaxes(1, 2), channels).swapaxes(1, 2)
-    scores = scale * label_scores(parts, labels)
-    return jax.nn.softmax(scores, axis=-1, where=(positions >= 0)[:, :, None]).sum(2)

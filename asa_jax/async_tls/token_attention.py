@@ -1,36 +1,11 @@
 """Exact attention of one query a row to a list of tokens."""
 
 import jax
-import jax.numpy as jnp
 
+from asa_jax.model.grouped_query_attention import GroupedQueryCache
+from asa_jax.model.latent_attention import LatentCache
 from pallas_kernels.async_tls_attention import async_tls_attention
 from pallas_kernels.dispatch import Implementation
-
-
-def attend_rows(
-    query: jax.Array, key: jax.Array, value: jax.Array, valid: jax.Array, scale: float
-) -> jax.Array:
-    """Softmax attention to gathered tokens, summed in float32.
-
-    Args:
-        query: [B, N, H].
-        key: [B, K, S', H].
-        value: [B, K, S', h].
-        valid: bool [B, K, S'], which of the tokens there are.
-        scale: factor on the scores.
-
-    Returns:
-        [B, N, h] in query's dtype; zero where there is no token.
-    """
-    grouped = query.reshape(*valid.shape[:2], -1, query.shape[2])
-    scores = scale * jnp.einsum("BKGH,BKSH->BKGS", grouped, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores, axis=-1, where=valid[:, :, None])
-    # Tokens that are not valid may hold anything, NaN too.
-    value = jnp.where(valid[..., None], value, 0)
-    output = jnp.einsum(
-        "BKGS,BKSH->BKGH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-    )
-    return output.reshape(*query.shape[:2], -1).astype(query.dtype)
 
 
 def attend_tokens(
@@ -58,3 +33,20 @@ def attend_tokens(
         query, key, value, positions, scale=scale, implementation=implementation
     )
     return output
+
+
+def attend_cache(
+    query: jax.Array,
+    cache: GroupedQueryCache | LatentCache,
+    positions: jax.Array,
+    scale: float,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """As `attend_tokens`, to a cache of a model as it is: of latents, no keys are put together."""
+    if isinstance(cache, LatentCache):
+        output, _ = async_tls_attention(
+            query, cache.latent[:, :, None], None, positions, rope_key=cache.rope_key,
+            scale=scale, implementation=implementation,
+        )  # fmt: skip
+        return output
+    return attend_tokens(query, *cache, positions, scale, implementation)
