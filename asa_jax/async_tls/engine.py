@@ -118,7 +118,7 @@ class Engine:
         """Takes over the prompts of all sequences, whatever these held before.
 
         Args:
-            tokens: [B, S, K, width], S a multiple of the block size.
+            tokens: [B, K, S, width], S a multiple of the block size.
             lengths: int [B], tokens of each sequence, at least 1.
 
         Raises:
@@ -128,13 +128,12 @@ class Engine:
         """
         if np.min(lengths) < 1:
             raise ValueError(f"lengths: {np.min(lengths)}, expected at least 1 token a sequence")
-        if np.max(lengths) > tokens.shape[1]:
-            raise ValueError(f"lengths: {np.max(lengths)}, but tokens holds {tokens.shape[1]}")
+        if np.max(lengths) > tokens.shape[2]:
+            raise ValueError(f"lengths: {np.max(lengths)}, but tokens holds {tokens.shape[2]}")
         self.reset(np.arange(len(self.lengths)))
         self.lengths[:] = lengths
         rows = np.arange(len(self._table.state))
-        by_row = np.asarray(tokens).swapaxes(1, 2)
-        by_row = by_row.reshape(len(rows), -1, self._block_size, by_row.shape[-1])
+        by_row = tokens.reshape(len(rows), -1, self._block_size, tokens.shape[-1])
         self._backend.store_prompt(rows, by_row)
         tails = self._tails()
         numbers = np.arange(self._table.state.shape[1])

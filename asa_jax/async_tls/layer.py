@@ -14,6 +14,8 @@ from asa_jax.async_tls.settings import NEVER, AsyncTLSConfig
 from pallas_kernels.async_tls_attention import async_tls_attention
 from pallas_kernels.dispatch import Implementation
 
+PART_TOKENS = 8192  # of a prompt, that are indexed at a time
+
 
 class OffloadedLayer:
     """State of one layer: its index on the device, its blocks in the engine, the lag.
@@ -52,6 +54,11 @@ class OffloadedLayer:
         self._select = functools.partial(_select, **sizes)
         self._attend = functools.partial(_attend, scale=scale, value_dim=value_dim, **sizes)
 
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of index and pool."""
+        return sum(array.nbytes for array in jax.tree.leaves((self._index, self._engine.pool)))
+
     def load(self, key: jax.Array, value: Any, lengths: np.ndarray) -> None:
         """Takes over a prompt; the first step behind it is synchronous in both forms.
 
@@ -65,11 +72,19 @@ class OffloadedLayer:
             batch, length, num_kv_heads, head_dim, num_channels=self._channels.shape[1],
             block_size=self._cfg.block_size, dtype=key.dtype,
         )  # fmt: skip
-        self._index: Index = _append(empty, key, self._channels, jnp.asarray(lengths, jnp.int32))
-        self._engine.load(np.asarray(_tokens(key, value)), lengths)
+        self._index = self._indexed(empty, key, lengths)
+        self._engine.load(np.asarray(_by_head(key, value)), lengths)
         self._lag: Lag | None = None
         # The blocks of the lag on the host, once they were asked for.
         self._listed: np.ndarray | None = None
+
+    def _indexed(self, index: Index, key: jax.Array, lengths: np.ndarray) -> Index:
+        """An index with a prompt, part by part: what is made on the way is several times a part."""
+        for begin in range(0, key.shape[1], PART_TOKENS):
+            part = key[:, begin : begin + PART_TOKENS]
+            counts = np.clip(lengths - begin, 0, part.shape[1]).astype(np.int32)
+            index = _append(index, part, self._channels, counts)
+        return index
 
     def step(self, query: jax.Array, key: jax.Array, value: Any) -> jax.Array:
         """Appends a token to every row and attends.
@@ -167,6 +182,12 @@ def _advance(
     tokens = _tokens(key, value)
     blocks = select_blocks(query, index, index.lengths + ahead, cfg, implementation)
     return index, tokens.reshape(-1, tokens.shape[-1]), blocks
+
+
+@jax.jit
+def _by_head(key: jax.Array, value: Any) -> jax.Array:
+    """Tokens of a prompt, head by head: [B, K, S, width]."""
+    return _tokens(key, value).swapaxes(1, 2)
 
 
 def _tokens(key: Any, value: Any) -> Any:

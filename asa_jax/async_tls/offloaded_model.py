@@ -6,6 +6,7 @@ A step goes layer by layer, because what a layer asks of the host depends on its
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,7 +21,6 @@ from asa_jax.async_tls.layer import OffloadedLayer
 from asa_jax.async_tls.model_layers import (
     build_model,
     cached_tokens,
-    caches_of,
     finish,
     layers_of,
     project,
@@ -96,11 +96,18 @@ class OffloadedModel:
             Counters(*map(sum, columns)) if counters else Counters(), reselected, self._tokens
         )
 
-    def load(self, cache: Any, lengths: np.ndarray) -> None:
+    @property
+    def device_bytes(self) -> int:
+        """Bytes on the device of what grows with texts: indexes, pools and dense caches."""
+        dense = sum(array.nbytes for array in jax.tree.leaves(self._dense))
+        return dense + sum(layer.device_bytes for layer in self._sparse)
+
+    def load(self, caches: Iterable[Any], lengths: np.ndarray) -> None:
         """Takes over prompts that were read: those of sparse layers go to the host.
 
         Args:
-            cache: of `Transformer.init_cache`, S a multiple of the block size.
+            caches: of all layers, one after another, as `model_layers.caches_of` has them; S a
+                multiple of the block size.
             lengths: int [B], tokens that it holds of each row.
 
         Raises:
@@ -108,9 +115,10 @@ class OffloadedModel:
             TransferError: blocks cannot be brought to the device.
         """
         self._end()
-        layers, num_dense = caches_of(cache), self._settings.num_dense_layers
-        self._dense = layers[:num_dense]
-        for number, one in enumerate(layers[num_dense:], num_dense):
+        for number, one in enumerate(caches):
+            if number < self._settings.num_dense_layers:
+                self._dense.append(one)
+                continue
             key, value = cached_tokens(one)
             self._sparse.append(self._new_layer(number, key))
             self._sparse[-1].load(key, value, lengths)
@@ -121,7 +129,10 @@ class OffloadedModel:
         Raises:
             TransferError: as `OffloadedLayer.step`.
         """
-        x = _embed(self._params, tokens, cfg=self._cfg)
+        return self.step_embedded(_embed(self._params, tokens, cfg=self._cfg), position)
+
+    def step_embedded(self, x: jax.Array, position: jax.Array) -> jax.Array:
+        """As `step`, of embeddings [B, D] of tokens."""
         num_dense = self._settings.num_dense_layers
         for number, (graphdef, params) in enumerate(self._layers):
             if number < num_dense:
@@ -138,7 +149,7 @@ class OffloadedModel:
                     self._sparse[number - num_dense - 1].request()
         for layer in self._sparse[-1:]:
             layer.request()
-        self._tokens += tokens.size
+        self._tokens += len(x)
         return _final_norm(self._params, x, cfg=self._cfg)
 
     def _new_layer(self, number: int, key: jax.Array) -> OffloadedLayer:
@@ -171,9 +182,8 @@ class OffloadedModel:
         self._counters += [engine.counters for engine in self._engines]
         self._reselected += sum(one.reselected for one in self._sparse)
         for backend in self._backends:
-            if isinstance(backend, HostThreadBackend):
-                backend.close()
-        self._backends, self._engines, self._sparse = [], [], []
+            backend.close()
+        self._backends, self._engines, self._sparse, self._dense = [], [], [], []
 
 
 def check_memory(

@@ -14,7 +14,7 @@ import numpy as np
 from asa_jax.async_tls.calibration import fingerprint_of, load_channels
 from asa_jax.async_tls.generation_options import ASYNC_TLS, SparseOptions
 from asa_jax.async_tls.memory_decoding import MemoryDecoder, SparseDecode, start, stop
-from asa_jax.async_tls.model_layers import build_model
+from asa_jax.async_tls.model_layers import build_model, caches_of
 from asa_jax.async_tls.offloaded_model import EngineFigures, OffloadedModel, check_memory
 from asa_jax.async_tls.settings import DecodingConfig, key_shape
 from asa_jax.async_tls.transfers import TransferError
@@ -31,6 +31,7 @@ from asa_jax.decoding.steps import (
     nothing_drawn,
 )
 from asa_jax.errors import UserError
+from pallas_kernels.async_tls_select_blocks.mosaic_gpu import BLOCKS_MULTIPLE
 
 
 class _SparseRunner(Runner):
@@ -61,8 +62,9 @@ class _SparseRunner(Runner):
         self._drawn: DecodeState | None = None
 
     def cache_length(self, num_tokens: int, max_tokens: int) -> int:
-        """As `Runner.cache_length`, in whole blocks of the index."""
-        multiple = math.lcm(self._settings.sizes.block_size, self.cfg.alignment)
+        """As `Runner.cache_length`, in whole blocks of the index, as many as its kernel takes."""
+        blocks = BLOCKS_MULTIPLE * self._settings.sizes.block_size
+        multiple = math.lcm(blocks, self.cfg.alignment)
         return -(-super().cache_length(num_tokens, max_tokens) // multiple) * multiple
 
 
@@ -132,7 +134,7 @@ class OffloadRunner(_SparseRunner):
         try:
             with self._devices():
                 if state.cache is not None:
-                    self._model.load(state.cache, np.asarray(state.lengths))
+                    self._model.load(caches_of(state.cache), np.asarray(state.lengths))
                     state = state._replace(cache=None)
                 for _ in range(num_steps):
                     if np.asarray(state.ended).all():

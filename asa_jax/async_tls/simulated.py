@@ -68,6 +68,9 @@ class SimulatedBackend:
         """A copy: JAX may read an array of numpy's after it took it, and slots change in place."""
         return self._pool.copy()
 
+    def close(self) -> None:
+        """See `transfers.Backend`; nothing works beside."""
+
     def start_fetch(self, rows: np.ndarray, blocks: np.ndarray) -> SimulatedTransfer:
         """See `transfers.Backend`."""
         return self._start(self.host[rows, blocks])

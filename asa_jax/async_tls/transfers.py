@@ -26,6 +26,9 @@ class Backend(Protocol):
     def pool(self) -> Any:
         """The slots, [rows, num_slots, block_size, width], for attention to read."""
 
+    def close(self) -> None:
+        """Gives up what works beside the program; nothing else is to be called afterwards."""
+
     def start_fetch(self, rows: np.ndarray, blocks: np.ndarray) -> Any:
         """Starts to bring host[rows, blocks] to a staging buffer on the device."""
 

@@ -39,7 +39,7 @@ class Setup:
 
     def load(self, *lengths):
         self.tokens[:] = self.rng.normal(size=self.tokens.shape)
-        self.engine.load(self.tokens, np.array(lengths))
+        self.engine.load(self.tokens.swapaxes(1, 2), np.array(lengths))
 
     def append(self):
         token = self.rng.normal(size=(SEQUENCES, HEADS, WIDTH)).astype(np.float32)

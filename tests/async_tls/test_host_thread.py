@@ -19,7 +19,7 @@ SIZES = SEQUENCES * HEADS, BLOCKS
 CFG = AsyncTLSConfig(
     block_size=BLOCK, num_blocks=3, token_budget=4, num_channels=2, drift_cosine=-1.0
 )
-SHAPE = (SEQUENCES, BLOCKS * BLOCK, HEADS, WIDTH)
+SHAPE = (SEQUENCES, HEADS, BLOCKS * BLOCK, WIDTH)
 
 
 @pytest.fixture

@@ -1,0 +1,248 @@
+"""The process that measures one model at one context by one method; `benchmark` runs it.
+
+`python -m asa_jax.async_tls.benchmark_rows ARGUMENTS` takes `Arguments` as JSON and prints a
+measurement a line, as JSON.
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from asa_jax.async_tls.benchmark_models import (
+    abstract_caches,
+    first_inputs,
+    model_of,
+    next_inputs,
+    num_bytes,
+    random_caches,
+    random_params,
+)
+from asa_jax.async_tls.benchmark_transfers import MeasuredModel
+from asa_jax.async_tls.engine import slots_for
+from asa_jax.async_tls.host_memory import system_available_bytes
+from asa_jax.async_tls.index import init_index
+from asa_jax.async_tls.model_layers import build_model
+from asa_jax.async_tls.settings import DEFAULTS, DecodingConfig, decoding_config, key_shape
+from asa_jax.config import ModelConfig
+from asa_jax.model.transformer import abstract_model
+
+LARGEST = "max"
+# Left free on the device for what a step and the making of an index need, and of the host's memory.
+DEVICE_RESERVE_BYTES = 3 * 2**30
+HOST_SHARE = 0.9
+LAYERS_BEING_LOADED = 4  # caches of a layer, copies included, that are on the device at a time
+WARM_STEPS = 12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What to measure.
+
+    Attributes:
+        model: of `benchmark_models.MODELS`.
+        num_layers: of it; 0 for all.
+        context: tokens of each row at the end.
+        method: 'full' or 'async_tls'.
+        batches: numbers of rows, `LARGEST` for as many as fit.
+        settings: of AsyncTLS, fields of `settings.DEFAULTS`.
+        cosine: of the inputs of two steps, see `benchmark_models`.
+        num_steps: that are timed.
+    """
+
+    model: str
+    num_layers: int
+    context: int
+    method: str
+    batches: tuple[int | str, ...]
+    settings: dict[str, Any]
+    cosine: float
+    num_steps: int
+
+
+def measure(arguments: Arguments, cfg: ModelConfig) -> Iterator[dict[str, Any]]:
+    """Yields the device, and a record for each batch."""
+    device = jax.devices()[0]
+    yield {"device": device.device_kind, "jax": jax.__version__}
+    params = random_params(cfg)
+    settings = decoding_config({**DEFAULTS, **arguments.settings}, cfg)
+    free = _device_bytes() - num_bytes(params) - DEVICE_RESERVE_BYTES
+    largest = _largest(cfg, settings, arguments, free)
+    yield {
+        "params_bytes": num_bytes(params), "num_layers": cfg.num_layers, "largest_batch": largest
+    }  # fmt: skip
+    time_method = {"full": _time_full, "async_tls": _time_async_tls}[arguments.method]
+    for batch in dict.fromkeys(largest if b == LARGEST else int(b) for b in arguments.batches):
+        record: dict[str, Any] = {"batch": batch, "num_layers": cfg.num_layers}
+        try:
+            if not 0 < batch <= largest:
+                raise MemoryError(f"{batch} rows do not fit, {largest} do")
+            record |= time_method(cfg, params, settings, arguments, batch)
+        except Exception as error:  # of any kind: one batch is lost, not the table
+            record["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        yield record
+
+
+def _largest(
+    cfg: ModelConfig, settings: DecodingConfig, arguments: Arguments, free_bytes: int
+) -> int:
+    """Most rows whose caches, or indexes and pools and the layer being loaded, fit."""
+    caches = abstract_caches(cfg, 1, arguments.context)
+    if arguments.method == "full":
+        return free_bytes // num_bytes(caches)
+    shape, sizes = key_shape(cfg), settings.sizes
+    dtype = jnp.dtype(cfg.compute_dtype)
+    index = jax.eval_shape(
+        lambda: init_index(
+            1, arguments.context, shape.num_kv_heads, shape.head_dim,
+            num_channels=sizes.num_channels, block_size=sizes.block_size, dtype=dtype,
+        )
+    )  # fmt: skip
+    sparse = caches[settings.num_dense_layers :]
+    of_token = num_bytes(sparse[0]) // arguments.context
+    of_layer = num_bytes(index) + slots_for(sizes) * sizes.block_size * of_token
+    of_row = num_bytes(caches[: settings.num_dense_layers]) + len(sparse) * of_layer
+    of_row += LAYERS_BEING_LOADED * num_bytes(sparse[0])
+    on_host = int(HOST_SHARE * system_available_bytes()) // num_bytes(sparse)
+    return min(free_bytes // of_row, on_host)
+
+
+def _time_full(
+    cfg: ModelConfig, params: Any, settings: DecodingConfig, arguments: Arguments, batch: int
+) -> dict[str, Any]:
+    """Steps of the whole model in one program, queued one behind another, as generate.py does."""
+    caches = list(random_caches(cfg, batch, arguments.context))
+    of_rows = num_bytes(caches)
+    state = jnp.zeros(batch, jnp.int32), _first_position(arguments, batch), _grouped(cfg, caches)
+    del caches
+
+    def steps(number: int) -> None:
+        nonlocal state
+        for _ in range(number):
+            state = _full_step(params, *state, cfg=cfg)
+        jax.block_until_ready(state)
+
+    steps(2)
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        steps(arguments.num_steps // 3)
+        seconds.append((time.perf_counter() - begin) / (arguments.num_steps // 3))
+    return {"milliseconds": 1e3 * statistics.median(seconds), "device_bytes": of_rows}
+
+
+def _grouped(cfg: ModelConfig, caches: list[Any]) -> Any:
+    """Caches of all layers in the groups of the model's layers."""
+    model = build_model(cfg, abstract_model(cfg)[1])
+    structure = jax.tree.structure(jax.eval_shape(lambda: model.init_cache(1, 1)))
+    return jax.tree.unflatten(structure, jax.tree.leaves(caches))
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnums=(1, 2, 3))
+def _full_step(
+    params: Any, tokens: jax.Array, position: jax.Array, cache: Any, *, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array, Any]:
+    hidden, cache = build_model(cfg, params).decode(tokens, position, cache)
+    return _most_likely(params, hidden, cfg=cfg), position + 1, cache
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _most_likely(params: Any, hidden: jax.Array, *, cfg: ModelConfig) -> jax.Array:
+    return jnp.argmax(hidden @ build_model(cfg, params).unembedding(), axis=-1).astype(jnp.int32)
+
+
+def _time_async_tls(
+    cfg: ModelConfig, params: Any, settings: DecodingConfig, arguments: Arguments, batch: int
+) -> dict[str, Any]:
+    """Steps with transfers, the same without them, and the transfers alone."""
+    model = _loaded(cfg, params, settings, arguments, batch)
+    position, x = _first_position(arguments, batch), first_inputs(cfg, batch)
+    number = 0
+
+    def step() -> None:
+        nonlocal x, number
+        number += 1
+        x = next_inputs(x, number, cosine=arguments.cosine)
+        hidden = model.step_embedded(x, position + number - 1)
+        _most_likely(params, hidden, cfg=cfg).block_until_ready()
+
+    _seconds_of_steps(step, WARM_STEPS)
+    before, model.fetched = model.figures, []
+    seconds = _seconds_of_steps(step, arguments.num_steps)
+    figures, fetched = model.figures, model.fetched
+    model.copies = False
+    without = _seconds_of_steps(step, arguments.num_steps)
+    alone = model.seconds_alone(fetched) / arguments.num_steps
+    spent, base = statistics.median(seconds), statistics.median(without)
+    counters = {
+        name: value - getattr(before.counters, name)
+        for name, value in dataclasses.asdict(figures.counters).items()
+    }
+    record = {
+        "milliseconds": 1e3 * spent,
+        "mean_milliseconds": 1e3 * statistics.mean(seconds),
+        "milliseconds_without_transfers": 1e3 * base,
+        "milliseconds_of_transfers_alone": 1e3 * alone,
+        "hidden_share": 1 - (spent - base) / alone if alone else None,
+        "device_bytes": model.device_bytes,
+        "tokens": figures.tokens - before.tokens,
+        "counters": counters,
+    }
+    model.close()
+    return record
+
+
+def _seconds_of_steps(step: Callable[[], None], number: int) -> list[float]:
+    seconds = []
+    for _ in range(number):
+        begin = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def _loaded(
+    cfg: ModelConfig, params: Any, settings: DecodingConfig, arguments: Arguments, batch: int
+) -> MeasuredModel:
+    """A model whose caches are full but for the steps to come."""
+    shape = key_shape(cfg)
+    # Which channels, does not matter: those of random keys are alike.
+    spread = np.arange(settings.sizes.num_channels) * shape.head_dim // settings.sizes.num_channels
+    channels = np.broadcast_to(
+        spread.astype(np.int32), (cfg.num_layers, shape.num_kv_heads, spread.size)
+    )
+    model = MeasuredModel(cfg, params, settings, channels)
+    lengths = np.asarray(_first_position(arguments, batch))
+    model.load(random_caches(cfg, batch, arguments.context), lengths)
+    return model
+
+
+def _first_position(arguments: Arguments, batch: int) -> jax.Array:
+    steps = WARM_STEPS + 2 * arguments.num_steps
+    return jnp.full(batch, arguments.context - steps, jnp.int32)
+
+
+def _device_bytes() -> int:
+    """Memory of the device that this process may have."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["bytes_limit"] if stats else system_available_bytes()
+
+
+def main(text: str) -> None:
+    """Measures; see the module."""
+    values = json.loads(text)
+    arguments = Arguments(**{**values, "batches": tuple(values["batches"])})
+    for record in measure(arguments, model_of(arguments.model, arguments.num_layers)):
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
