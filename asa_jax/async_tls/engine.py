@@ -141,7 +141,7 @@ class Engine:
         # A tail that is full is sealed; one that is not only passes through the host.
         self._table.state[rows, tails] = State.HOST
         try:
-            self._request(*np.nonzero(self._always_kept()))
+            self._request(*np.nonzero(self._always_kept(rows[:, None], numbers)))
             self._finish_fetches(wait=True)
         except TransferError:
             self.reset(np.arange(len(self.lengths)))
@@ -185,10 +185,11 @@ class Engine:
         if (most := (blocks >= 0).sum(1).max()) > self._num_blocks:
             raise ValueError(f"blocks: {most} a row, the pool is for {self._num_blocks}")
         rows = np.broadcast_to(np.arange(len(blocks))[:, None], blocks.shape)
-        state = np.where(blocks >= 0, self._table.state[rows, blocks], State.EMPTY)
+        places = rows * self._table.state.shape[1] + np.maximum(blocks, 0)
+        state = np.where(blocks >= 0, self._table.state.take(places), State.EMPTY)
         there = state != State.EMPTY
         self._needed[:] = False
-        self._needed[rows[there], blocks[there]] = True
+        self._needed.reshape(-1)[places[there]] = True
         self._table.touch(rows[there], blocks[there])
         missing = state == State.HOST
         absent = int(missing.sum() + (state == State.LOADING).sum())
@@ -243,22 +244,26 @@ class Engine:
     def _tails(self) -> np.ndarray:
         return np.maximum(self._row_lengths() - 1, 0) // self._block_size
 
-    def _always_kept(self) -> np.ndarray:
-        """Which blocks [rows, C] are the first, the tail or the one before it."""
-        tails, numbers = self._tails()[:, None], np.arange(self._table.state.shape[1])
-        kept = (numbers == 0) | ((numbers >= tails - 1) & (numbers <= tails))
-        return kept & (self._row_lengths()[:, None] > 0)
+    def _always_kept(self, rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        """Which blocks of rows are the first, the tail or the one before it."""
+        tails = self._tails()[rows]
+        kept = (blocks == 0) | ((blocks >= tails - 1) & (blocks <= tails))
+        return kept & (self._row_lengths()[rows] > 0)
+
+    def _wanted(self, rows: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        """Which blocks of rows were asked for last, or are always kept; of -1, anything."""
+        places = rows * self._needed.shape[1] + blocks
+        return self._needed.take(places, mode="clip") | self._always_kept(rows, blocks)
 
     def _take(self, rows: np.ndarray, blocks: np.ndarray, state: State) -> np.ndarray:
         """Slots for blocks; where none can be given up, those that are being sealed are awaited."""
-        protected = self._needed | self._always_kept()
-        slots = self._table.take(rows, blocks, state, protected)
+        slots = self._table.take(rows, blocks, state, self._wanted)
         if slots is None:
             self._start_flushes()
             error = self._finish_flushes(wait=True)
             if error:
                 raise error
-            slots = self._table.take(rows, blocks, state, protected)
+            slots = self._table.take(rows, blocks, state, self._wanted)
             # Needed and always kept blocks are half of the slots at most, the others RESIDENT now.
             assert slots is not None
         return slots
@@ -273,6 +278,8 @@ class Engine:
     def _start_flushes(self) -> None:
         """Starts sealed blocks for the host that are not on their way."""
         waiting = self._table.state == State.SEALING
+        if not waiting.any():
+            return
         for move in self._flushes:
             alive = self._same(move)
             waiting[move.rows[alive], move.blocks[alive]] = False
@@ -307,7 +314,7 @@ class Engine:
     def _place(self, move: Move) -> None:
         """Gives slots to the landed blocks that are still needed."""
         which = self._alive(move, State.HOST)
-        wanted = (self._needed | self._always_kept())[move.rows[which], move.blocks[which]]
+        wanted = self._wanted(move.rows[which], move.blocks[which])
         self.counters.unused += int((~wanted).sum())
         which = which[wanted]
         rows, blocks = move.rows[which], move.blocks[which]

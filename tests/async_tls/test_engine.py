@@ -72,7 +72,7 @@ class Setup:
         )
         is_open = (numbers == (lengths // BLOCK)[:, None]) & (lengths % BLOCK > 0)[:, None]
         np.testing.assert_array_equal(table.state == State.TAIL, is_open)
-        assert held[self.engine._always_kept()].all()
+        assert held[self.engine._always_kept(np.arange(ROWS)[:, None], numbers)].all()
 
         by_row = self.tokens.swapaxes(1, 2).reshape(ROWS, BLOCKS, BLOCK, WIDTH)
         there = np.arange(LENGTH).reshape(BLOCKS, BLOCK) < lengths[:, None, None]
