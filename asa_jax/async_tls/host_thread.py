@@ -146,7 +146,9 @@ def _padded_size(count: int) -> int:
 
 
 def _pad(numbers: np.ndarray, size: int, with_: int) -> np.ndarray:
-    return np.pad(numbers.astype(np.int32), (0, size - len(numbers)), constant_values=with_)
+    padded = np.full(size, with_, np.int32)
+    padded[: len(numbers)] = numbers
+    return padded
 
 
 @jax.jit

@@ -6,8 +6,8 @@ A step goes layer by layer, because what a layer asks of the host depends on its
 
 import dataclasses
 import functools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,9 @@ class OffloadedModel:
             channels: int32 [layers, K, r].
         """
         self._cfg, self._params, self._settings = cfg, params, settings
-        self._layers = [nnx.split(layer) for layer in layers_of(build_model(cfg, params))]
+        layers = [nnx.split(layer) for layer in layers_of(build_model(cfg, params))]
+        self._layers = [(_programs(graphdef), params) for graphdef, params in layers]
+        self._scale = layers_of(build_model(cfg, params))[0].attention.scale
         self._shape, self._channels = key_shape(cfg), channels
         self._backends: list[HostThreadBackend | SimulatedBackend] = []
         self._engines: list[Engine] = []
@@ -134,15 +136,13 @@ class OffloadedModel:
     def step_embedded(self, x: jax.Array, position: jax.Array) -> jax.Array:
         """As `step`, of embeddings [B, D] of tokens."""
         num_dense = self._settings.num_dense_layers
-        for number, (graphdef, params) in enumerate(self._layers):
+        for number, (programs, params) in enumerate(self._layers):
             if number < num_dense:
-                x, self._dense[number] = _decode_dense(
-                    graphdef, params, x, position, self._dense[number]
-                )
+                x, self._dense[number] = programs.decode(params, x, position, self._dense[number])
             else:
-                query, key, value = _project(graphdef, params, x, position)
+                query, key, value = programs.project(params, x, position)
                 mixed = self._sparse[number - num_dense].step(query, key, value)
-                x = _finish(graphdef, params, x, mixed)
+                x = programs.finish(params, x, mixed)
                 if number > num_dense:
                     # Of the layer before: the device has this one to go on with meanwhile, and a
                     # copy does not wait for more than that.
@@ -160,10 +160,8 @@ class OffloadedModel:
         engine = Engine(sizes, batch, heads, blocks, backend)
         self._backends.append(backend)
         self._engines.append(engine)
-        graphdef, params = self._layers[number]
-        scale = nnx.merge(graphdef, params).attention.scale
         return OffloadedLayer(
-            sizes, engine, self._channels[number], lagged=self._settings.lagged, scale=scale,
+            sizes, engine, self._channels[number], lagged=self._settings.lagged, scale=self._scale,
             value_dim=self._shape.value_dim, implementation=self._cfg.implementation,
         )  # fmt: skip
 
@@ -210,19 +208,35 @@ def _final_norm(params: Any, x: jax.Array, *, cfg: ModelConfig) -> jax.Array:
     return build_model(cfg, params).final_norm(x)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _decode_dense(
-    graphdef: Any, params: Any, x: jax.Array, position: jax.Array, cache: Any
-) -> tuple[jax.Array, Any]:
-    return nnx.merge(graphdef, params).decode(x, position, cache)
+class _Programs(NamedTuple):
+    """What is compiled for layers of one kind.
+
+    Attributes:
+        decode: parameters, x [B, D], positions [B], cache to x and cache, densely.
+        project: parameters, x, positions to query, key and value of attention.
+        finish: parameters, x, what attention gave to x.
+    """
+
+    decode: Callable[..., Any]
+    project: Callable[..., Any]
+    finish: Callable[..., Any]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _project(graphdef: Any, params: Any, x: jax.Array, position: jax.Array) -> tuple[Any, ...]:
-    new = project(nnx.merge(graphdef, params), x[:, None], position[:, None])
-    return tuple(None if array is None else array[:, 0] for array in new)
+@functools.cache
+def _programs(graphdef: Any) -> _Programs:
+    """Closures: as an argument, the definition would be hashed in each call, for a third of it."""
 
+    @functools.partial(jax.jit, donate_argnums=3)
+    def decode(params: Any, x: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        return nnx.merge(graphdef, params).decode(x, position, cache)
 
-@functools.partial(jax.jit, static_argnums=0)
-def _finish(graphdef: Any, params: Any, x: jax.Array, mixed: jax.Array) -> jax.Array:
-    return finish(nnx.merge(graphdef, params), x[:, None], mixed[:, None])[:, 0]
+    @jax.jit
+    def project_one(params: Any, x: jax.Array, position: jax.Array) -> tuple[Any, ...]:
+        new = project(nnx.merge(graphdef, params), x[:, None], position[:, None])
+        return tuple(None if array is None else array[:, 0] for array in new)
+
+    @jax.jit
+    def finish_one(params: Any, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        return finish(nnx.merge(graphdef, params), x[:, None], mixed[:, None])[:, 0]
+
+    return _Programs(decode, project_one, finish_one)
