@@ -22,6 +22,7 @@ def config_340m(sizes: list[int], fields: dict[str, Any]) -> Config:
         {
             "model.compute_dtype": "float32",
             "model.remat": "full",
+            "model.scan_layers": True,
             "optimizer.accumulation_steps": 1,
             **fields,
         }

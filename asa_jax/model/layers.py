@@ -3,6 +3,8 @@
 Weights are float32 masters; they are cast to the dtype of the activations where they are used.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -43,9 +45,21 @@ class Projection(nnx.Module):
         of_bias = [shape[i] for i in bias], tuple(axes[i] for i in bias)
         self.bias = nnx.Param(jnp.zeros(of_bias[0], jnp.float32), axes=of_bias[1]) if bias else None
 
-    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
-        """Returns einsum(equation, x, weight) + bias in the dtype of x."""
-        y = jnp.einsum(equation, x, self.matrix(x))
+    def __call__(
+        self,
+        equation: str,
+        x: jax.Array,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> jax.Array:
+        """Returns einsum(equation, activation(x), weight) + bias in the dtype of x.
+
+        The backward pass keeps x and applies the activation anew.
+        """
+        weight = self.matrix(x)
+        if activation is None:
+            y = jnp.einsum(equation, x, weight)
+        else:
+            y = jax.checkpoint(lambda x, w: jnp.einsum(equation, activation(x), w))(x, weight)
         return y if self.bias is None else y + _broadcast(self.bias[...].astype(x.dtype), equation)
 
     def matrix(self, x: jax.Array) -> jax.Array:
@@ -99,19 +113,22 @@ class SwiGLU(nnx.Module):
     @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D]."""
-        gate, up = self._gate_and_up(x)
-        return self.down("...F,FD->...D", jax.nn.silu(gate) * up)
+        return self.down("...F,FD->...D", self._gate_and_up(x), activation=_gated)
 
-    def _gate_and_up(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _gate_and_up(self, x: jax.Array) -> jax.Array:
+        """x W_gate and x W_up, [..., 2, F]."""
         pair, weight = (self.gate, self.up), self.gate.weight
         if x.size <= weight.size or self.gate.bias is not None:
-            gate, up = (projection("...D,DF->...F", x) for projection in pair)
-            return gate, up
+            return jnp.stack([projection("...D,DF->...F", x) for projection in pair], axis=-2)
         # One product, so that the gradient of x is one too. The weights are joined for that, which
         # costs little beside the activations of training and more than the product in decoding.
         both = jnp.stack([projection.matrix(x) for projection in pair], axis=1)
-        product = jnp.einsum("...D,DEF->...EF", x, both)
-        return product[..., 0, :], product[..., 1, :]
+        return jnp.einsum("...D,DEF->...EF", x, both)
+
+
+def _gated(gate_and_up: jax.Array) -> jax.Array:
+    """silu(gate) * up of [..., 2, F]: as large as half of what it is made from."""
+    return jax.nn.silu(gate_and_up[..., 0, :]) * gate_and_up[..., 1, :]
 
 
 class TokenEmbedding(nnx.Module):

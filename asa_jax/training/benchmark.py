@@ -34,7 +34,7 @@ class Row:
     tokens: int  # of a sequence
     batch: int
     target: float | None
-    remat: str = "dots"
+    flags: tuple[str, ...] = ()
 
 
 ROWS = (
@@ -42,9 +42,9 @@ ROWS = (
     Row("asa_340m 8k", "configs/asa_340m.py", 8192, 8, 165_000),
     Row("full_340m 64k", "configs/full_340m.py", 65536, 1, None),
     Row("asa_340m 64k", "configs/asa_340m.py", 65536, 1, 140_000),
-    Row("asa_340m 256k", "configs/asa_340m.py", 262144, 1, None, "full"),
-    Row("asa_1b 8k", "configs/asa_1b.py", 8192, 8, 52_000, "full"),
-    Row("asa_1b 64k", "configs/asa_1b.py", 65536, 1, 46_000, "full"),
+    Row("asa_340m 256k", "configs/asa_340m.py", 262144, 1, None, ("--config.model.remat=full",)),
+    Row("asa_1b 8k", "configs/asa_1b.py", 8192, 8, 52_000),
+    Row("asa_1b 64k", "configs/asa_1b.py", 65536, 1, 46_000),
 )
 RATIOS = (  # first row, second row, at least
     ("asa_340m 8k", "full_340m 8k", 1.25),
@@ -62,7 +62,7 @@ def measure(rows: list[Row], sources: str, timeout_seconds: float) -> list[dict[
                 f"--config.data.sources={(sources,)}",
                 f"--config.data.sequence_length={row.tokens}",
                 f"--config.data.batch_size={row.batch}",
-                f"--config.model.remat={row.remat}",
+                *row.flags,
             ]
         )
         for row in rows
