@@ -359,8 +359,17 @@ def abstract_model(cfg: ModelConfig) -> tuple[Any, Any, Any]:
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> Any:
-    """Draws the parameters, a nested dict of float32 arrays; call under jit with out_shardings."""
-    return nnx.to_pure_dict(nnx.state(Transformer(cfg, rngs=nnx.Rngs(key)), nnx.Param))
+    """Draws the parameters, a nested dict of float32 arrays; call under jit with out_shardings.
+
+    A list of layers is drawn as a stack: with the same key the numbers are the same, and a draw for
+    each layer would take minutes to compile.
+    """
+    stacked = dataclasses.replace(cfg, scan_layers=True)
+    params = nnx.to_pure_dict(nnx.state(Transformer(stacked, rngs=nnx.Rngs(key)), nnx.Param))
+    if cfg.scan_layers:
+        return params
+    # Without the barrier XLA would draw each layer's part by itself after all.
+    return listed_layers(stacked, jax.lax.optimization_barrier(params))[1]
 
 
 def count_params(cfg: ModelConfig) -> int:

@@ -224,17 +224,20 @@ class ParametersTest(parameterized.TestCase):
             same = np.array_equal(matrix.T, _params(cfg)["embedding"]["table"])
             self.assertEqual(same, cfg.tie_embeddings)
 
-    @parameterized.parameters(False, True)
-    def test_initial_weights(self, scan):
-        """float32, as abstract_model says, of the config's scale; residual ones smaller."""
-        cfg = tiny_model_config(("full",) * 4, scan_layers=scan)
-        params = jax.jit(functools.partial(init_params, cfg))(jax.random.key(0))
+    def test_initial_weights(self):
+        """float32, of the config's scale, residual ones smaller; the same in a list and a stack."""
+        listed_cfg, cfg = (tiny_model_config(("full",) * 4, scan_layers=s) for s in (False, True))
+        listed, params, again = (
+            jax.jit(functools.partial(init_params, each))(jax.random.key(0))
+            for each in (listed_cfg, cfg, cfg)
+        )
         chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract_model(cfg)[1])
-        again = jax.jit(functools.partial(init_params, cfg))(jax.random.key(0))
+        chex.assert_trees_all_equal_shapes_and_dtypes(listed, abstract_model(listed_cfg)[1])
         chex.assert_trees_all_equal(params, again)
-        groups = params["groups"] if scan else _stack(params)["groups"]
+        chex.assert_trees_all_close(_stack(listed), params, rtol=1e-6)
         up, down = (
-            np.asarray(groups["layers"][0]["mlp"][name]["weight"]) for name in ("up", "down")
+            np.asarray(params["groups"]["layers"][0]["mlp"][name]["weight"])
+            for name in ("up", "down")
         )
         self.assertAlmostEqual(up.std(), cfg.init_stddev, delta=0.01)
         self.assertAlmostEqual(down.std(), cfg.init_stddev / (2 * 4) ** 0.5, delta=0.005)
