@@ -50,6 +50,8 @@ def main(options: Options) -> None:
     )
     print(f"{options.workdir}, step {step}", file=sys.stderr)
     print(dispatch.describe(config.model.implementation), file=sys.stderr)
+    if isinstance(runner, OffloadRunner):
+        print(runner.backend_line, file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8
 

@@ -2,7 +2,8 @@
 
 Decodes with random weights at the sizes of Qwen3-8B and GLM-4.7-Flash, by full attention with its
 cache on the device and by AsyncTLS with caches on the host, each at equal numbers of rows and at
-the most that fit. Prints a table and writes it to DIR as `async_tls_decoding.md` and `.json`.
+the most that fit. Prints a table and writes it to DIR as `async_tls_decoding_MODELS.md` and
+`.json`.
 
 Caches are full of normal keys and values; queries drift by `--cosine`, as `benchmark_models`
 describes, and not as those of a text do: hit rates and bytes are those of that drift. A step of
@@ -22,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from asa_jax.async_tls.settings import BACKENDS
+from asa_jax.async_tls.settings import BACKENDS, DEFAULTS
 from pallas_kernels.measurement import (
     Measurement,
     check_numbers,
@@ -133,7 +134,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contexts", default="49152,98304", help="tokens of a row")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--batches", default="1,max", help="rows; max for as many as fit")
-    parser.add_argument("--backend", default="host_thread", choices=BACKENDS)
+    parser.add_argument("--backend", default=DEFAULTS["backend"], choices=BACKENDS)
     parser.add_argument("--token_budget", type=int, default=1024)
     parser.add_argument("--cosine", type=float, default=0.99, help="of the inputs of two steps")
     parser.add_argument("--steps", type=int, default=32, help="that are timed")
@@ -172,12 +173,14 @@ def main(arguments: list[str] | None = None) -> int:
     about = describe_setting(records, "asa_jax.async_tls.benchmark", arguments)
     layers = sorted({(r["model"], r["num_layers"]) for r in records if "params_bytes" in r})
     about["layers"] = ", ".join(f"{model} {number}" for model, number in layers)
-    about["setting"] = f"{options.backend}, bfloat16, {options.token_budget} tokens of 128 blocks"
+    about["setting"] = f"bfloat16, {options.token_budget} tokens of 128 blocks"
+    about["back end"] = "; ".join(dict.fromkeys(r["backend"] for r in records if "backend" in r))
     records = [r for r in records if "device" not in r]
     text = markdown(records, about)
     print(text, end="")
     if options.output:
-        write_report(options.output / "async_tls_decoding", text, about, records)
+        name = "_".join(["async_tls_decoding", *options.models])
+        write_report(options.output / name, text, about, records)
     return int(any("error" in r for r in records))
 
 

@@ -151,12 +151,12 @@ def _full_step(
     params: Any, tokens: jax.Array, position: jax.Array, cache: Any, *, cfg: ModelConfig
 ) -> tuple[jax.Array, jax.Array, Any]:
     hidden, cache = build_model(cfg, params).decode(tokens, position, cache)
-    return _most_likely(params, hidden, cfg=cfg), position + 1, cache
+    return _most_likely(build_model(cfg, params).unembedding(), hidden), position + 1, cache
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _most_likely(params: Any, hidden: jax.Array, *, cfg: ModelConfig) -> jax.Array:
-    return jnp.argmax(hidden @ build_model(cfg, params).unembedding(), axis=-1).astype(jnp.int32)
+@jax.jit
+def _most_likely(unembedding: jax.Array, hidden: jax.Array) -> jax.Array:
+    return jnp.argmax(hidden @ unembedding, axis=-1).astype(jnp.int32)
 
 
 def _time_async_tls(
@@ -165,14 +165,14 @@ def _time_async_tls(
     """Steps with transfers, the same without them, and the transfers alone."""
     model = _loaded(cfg, params, settings, arguments, batch)
     position, x = _first_position(arguments, batch), first_inputs(cfg, batch)
-    number = 0
+    unembedding, number = build_model(cfg, params).unembedding(), 0
 
     def step() -> None:
         nonlocal x, number
         number += 1
         x = next_inputs(x, number, cosine=arguments.cosine)
         hidden = model.step_embedded(x, position + number - 1)
-        _most_likely(params, hidden, cfg=cfg).block_until_ready()
+        _most_likely(unembedding, hidden).block_until_ready()
 
     _seconds_of_steps(step, WARM_STEPS)
     before, model.fetched = model.figures, []
@@ -191,8 +191,9 @@ def _time_async_tls(
         "mean_milliseconds": 1e3 * statistics.mean(seconds),
         "milliseconds_without_transfers": 1e3 * base,
         "milliseconds_of_transfers_alone": 1e3 * alone,
-        "hidden_share": 1 - (spent - base) / alone if alone else None,
+        "hidden_share": 1 - (spent - base) / alone if fetched else None,
         "device_bytes": model.device_bytes,
+        "backend": model.backend_line,
         "tokens": figures.tokens - before.tokens,
         "counters": counters,
     }

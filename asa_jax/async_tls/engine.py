@@ -111,8 +111,9 @@ class Engine:
     def slots_of(self, blocks: np.ndarray) -> np.ndarray:
         """The slots of blocks [B, K, L], int32; -1 for those that cannot be read now, or are -1."""
         by_row = blocks.reshape(len(self._table.state), -1)
-        slots = np.take_along_axis(self._table.slot_of, np.maximum(by_row, 0), axis=1)
-        return np.where(by_row >= 0, slots, -1).reshape(blocks.shape)
+        first = self._table.slot_of.shape[1] * np.arange(len(by_row))[:, None]
+        slots = self._table.slot_of.take(first + by_row, mode="clip")
+        return np.where(by_row >= 0, slots, np.int32(-1)).reshape(blocks.shape)
 
     def load(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Takes over the prompts of all sequences, whatever these held before.
@@ -182,19 +183,20 @@ class Engine:
             ValueError: there are more than cfg.num_blocks for a row.
         """
         blocks = blocks.reshape(len(self._table.state), -1)
-        if (most := (blocks >= 0).sum(1).max()) > self._num_blocks:
+        listed = blocks >= 0
+        if (most := np.count_nonzero(listed, axis=1).max()) > self._num_blocks:
             raise ValueError(f"blocks: {most} a row, the pool is for {self._num_blocks}")
         rows = np.broadcast_to(np.arange(len(blocks))[:, None], blocks.shape)
-        places = rows * self._table.state.shape[1] + np.maximum(blocks, 0)
-        state = np.where(blocks >= 0, self._table.state.take(places), State.EMPTY)
-        there = state != State.EMPTY
+        places = rows * self._table.state.shape[1] + blocks
+        state = self._table.state.take(places, mode="clip")
+        there = listed & (state != State.EMPTY)
         self._needed[:] = False
         self._needed.reshape(-1)[places[there]] = True
         self._table.touch(rows[there], blocks[there])
-        missing = state == State.HOST
-        absent = int(missing.sum() + (state == State.LOADING).sum())
-        self.counters.misses += absent
-        self.counters.hits += int(there.sum()) - absent
+        missing = listed & (state == State.HOST)
+        absent = np.count_nonzero(missing) + np.count_nonzero(listed & (state == State.LOADING))
+        self.counters.misses += int(absent)
+        self.counters.hits += int(np.count_nonzero(there) - absent)
         if self._max_transfers is not None:
             asked = missing & (missing.cumsum(1) <= self._max_transfers)
             self.counters.overflow += int(missing.sum() - asked.sum())
@@ -255,7 +257,7 @@ class Engine:
         places = rows * self._needed.shape[1] + blocks
         return self._needed.take(places, mode="clip") | self._always_kept(rows, blocks)
 
-    def _take(self, rows: np.ndarray, blocks: np.ndarray, state: State) -> np.ndarray:
+    def _take(self, rows: np.ndarray, blocks: np.ndarray, state: np.int8) -> np.ndarray:
         """Slots for blocks; where none can be given up, those that are being sealed are awaited."""
         slots = self._table.take(rows, blocks, state, self._wanted)
         if slots is None:
@@ -325,7 +327,7 @@ class Engine:
         """Which of a move's blocks [n] are of sequences that have not ended since they left."""
         return self._generations[move.rows] == move.generations
 
-    def _alive(self, move: Move, state: State) -> np.ndarray:
+    def _alive(self, move: Move, state: np.int8) -> np.ndarray:
         """Numbers of a move's blocks that are in a state and of the sequence that they left."""
         return np.flatnonzero(
             self._same(move) & (self._table.state[move.rows, move.blocks] == state)

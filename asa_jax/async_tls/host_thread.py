@@ -54,7 +54,8 @@ class HostThreadBackend:
             HostMemoryError: the host has no room for the cache.
         """
         block = (block_size, width)
-        self.host = allocate_host((num_rows, num_blocks, *block), dtype, available_bytes)
+        shape = (num_rows, num_blocks, *block)
+        self.host = self._allocate(shape, np.dtype(dtype), device, available_bytes)
         on_device = jax.sharding.SingleDeviceSharding(device)
         pinned = _PINNED in {memory.kind for memory in device.addressable_memories()}
         # Where blocks go, one after the other.
@@ -74,25 +75,25 @@ class HostThreadBackend:
         """Ends the threads; transfers that have not begun are given up."""
         self._threads.shutdown(cancel_futures=True)
 
-    def start_fetch(self, rows: np.ndarray, blocks: np.ndarray) -> Future:
+    def start_fetch(self, rows: np.ndarray, blocks: np.ndarray) -> Any:
         """See `transfers.Backend`."""
-        size = _padded_size(len(rows))
-        return self._threads.submit(self._bring, _pad(rows, size, 0), _pad(blocks, size, 0))
+        size = padded_size(len(rows))
+        return self._threads.submit(self._bring, pad(rows, size, 0), pad(blocks, size, 0))
 
     def start_flush(self, rows: np.ndarray, slots: np.ndarray) -> Future:
         """See `transfers.Backend`."""
-        size = _padded_size(len(rows))
-        staged = _read(self._pool, _pad(rows, size, 0), _pad(slots, size, 0))
+        size = padded_size(len(rows))
+        staged = _read(self._pool, pad(rows, size, 0), pad(slots, size, 0))
         staged.copy_to_host_async()
         return self._threads.submit(np.asarray, staged)
 
-    def landed(self, transfer: Future) -> bool:
+    def landed(self, transfer: Any) -> bool:
         """See `transfers.Backend`."""
         if transfer.done():
             self.wait(transfer)
         return transfer.done()
 
-    def wait(self, transfer: Future) -> None:
+    def wait(self, transfer: Any) -> None:
         """See `transfers.Backend`."""
         try:
             transfer.result(self._patience_seconds)
@@ -103,9 +104,7 @@ class HostThreadBackend:
             reason = " ".join(str(error).split())
             raise TransferError(f"a transfer of blocks failed ({reason})") from error
 
-    def place(
-        self, transfer: Future, which: np.ndarray, rows: np.ndarray, slots: np.ndarray
-    ) -> None:
+    def place(self, transfer: Any, which: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
         """See `transfers.Backend`."""
         staged = transfer.result()
         size = staged.shape[0]
@@ -113,9 +112,9 @@ class HostThreadBackend:
         self._pool = _place(
             self._pool,
             staged,
-            _pad(which, size, 0),
-            _pad(rows, size, 0),
-            _pad(slots, size, nowhere),
+            pad(which, size, 0),
+            pad(rows, size, 0),
+            pad(slots, size, nowhere),
         )
 
     def store(
@@ -134,6 +133,11 @@ class HostThreadBackend:
         """See `transfers.Backend`."""
         self._pool = _write_tokens(self._pool, rows, slots, offsets, tokens)
 
+    def _allocate(
+        self, shape: tuple[int, ...], dtype: np.dtype, device: jax.Device, available: int | None
+    ) -> np.ndarray:
+        return allocate_host(shape, dtype, available)
+
     def _bring(self, rows: np.ndarray, blocks: np.ndarray) -> jax.Array:
         staged = self.host[rows, blocks]
         for place in self._way:
@@ -141,11 +145,13 @@ class HostThreadBackend:
         return jax.block_until_ready(staged)
 
 
-def _padded_size(count: int) -> int:
+def padded_size(count: int) -> int:
+    """The power of two that is not below a number of blocks."""
     return 1 << (count - 1).bit_length()
 
 
-def _pad(numbers: np.ndarray, size: int, with_: int) -> np.ndarray:
+def pad(numbers: np.ndarray, size: int, with_: int) -> np.ndarray:
+    """Numbers as int32 [size], the last ones `with_`."""
     padded = np.full(size, with_, np.int32)
     padded[: len(numbers)] = numbers
     return padded

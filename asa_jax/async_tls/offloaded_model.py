@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from asa_jax.async_tls.engine import Counters, Engine, slots_for
+from asa_jax.async_tls.ffi_gather import FfiGatherBackend, chosen_backend
 from asa_jax.async_tls.host_memory import check_host_memory, system_available_bytes
 from asa_jax.async_tls.host_thread import HostThreadBackend
 from asa_jax.async_tls.layer import OffloadedLayer
@@ -28,6 +29,7 @@ from asa_jax.async_tls.model_layers import (
 from asa_jax.async_tls.settings import DecodingConfig, KeyShape, key_shape
 from asa_jax.async_tls.simulated import SimulatedBackend
 from asa_jax.config import ModelConfig
+from asa_jax.model.transformer import Layer
 
 _THREADS_A_LAYER = 2
 
@@ -61,7 +63,11 @@ class EngineFigures:
 
 
 class OffloadedModel:
-    """Layers, engines and the caches of dense layers; `load`, then `step` by step."""
+    """Layers, engines and the caches of dense layers; `load`, then `step` by step.
+
+    Attributes:
+        backend_line: which back end moves blocks, and why, for people.
+    """
 
     def __init__(
         self, cfg: ModelConfig, params: Any, settings: DecodingConfig, channels: np.ndarray
@@ -73,11 +79,18 @@ class OffloadedModel:
             params: nested dict of its parameters.
             settings: sizes, dense layers and back end.
             channels: int32 [layers, K, r].
+
+        Raises:
+            GatherUnavailableError: the back end does not work on this machine.
         """
-        self._cfg, self._params, self._settings = cfg, params, settings
-        layers = [nnx.split(layer) for layer in layers_of(build_model(cfg, params))]
-        self._layers = [(_programs(graphdef), params) for graphdef, params in layers]
-        self._scale = layers_of(build_model(cfg, params))[0].attention.scale
+        self._cfg, self._settings = cfg, settings
+        self._device = jax.devices()[0]
+        self._backend, self.backend_line = chosen_backend(settings.backend, self._device)
+        model = build_model(cfg, params)
+        self._embed, self._final_norm = map(_bound, (model.embedding, model.final_norm))
+        layers = layers_of(model)
+        self._layers = [_programs(*pair) for pair in zip(layers, [*layers[1:], None], strict=True)]
+        self._scale = layers[0].attention.scale
         self._shape, self._channels = key_shape(cfg), channels
         self._backends: list[HostThreadBackend | SimulatedBackend] = []
         self._engines: list[Engine] = []
@@ -131,26 +144,25 @@ class OffloadedModel:
         Raises:
             TransferError: as `OffloadedLayer.step`.
         """
-        return self.step_embedded(_embed(self._params, tokens, cfg=self._cfg), position)
+        return self.step_embedded(self._embed(tokens), position)
 
     def step_embedded(self, x: jax.Array, position: jax.Array) -> jax.Array:
         """As `step`, of embeddings [B, D] of tokens."""
-        num_dense = self._settings.num_dense_layers
-        for number, (programs, params) in enumerate(self._layers):
-            if number < num_dense:
-                x, self._dense[number] = programs.decode(params, x, position, self._dense[number])
-            else:
-                query, key, value = programs.project(params, x, position)
-                mixed = self._sparse[number - num_dense].step(query, key, value)
-                x = programs.finish(params, x, mixed)
-                if number > num_dense:
-                    # Of the layer before: the device has this one to go on with meanwhile, and a
-                    # copy does not wait for more than that.
-                    self._sparse[number - num_dense - 1].request()
+        for number, cache in enumerate(self._dense):
+            x, self._dense[number] = self._layers[number].decode(x, position, cache)
+        sparse = self._layers[len(self._dense) :]
+        projected = sparse[0].project(x, position) if sparse else ()
+        for number, (layer, programs) in enumerate(zip(self._sparse, sparse, strict=True)):
+            mixed = layer.step(*projected)
+            x, projected = programs.pass_on(x, mixed, position)
+            if number > 0:
+                # Of the layer before: the device has this one to go on with meanwhile, and a copy
+                # does not wait for more than that.
+                self._sparse[number - 1].request()
         for layer in self._sparse[-1:]:
             layer.request()
         self._tokens += len(x)
-        return _final_norm(self._params, x, cfg=self._cfg)
+        return self._final_norm(x)
 
     def _new_layer(self, number: int, key: jax.Array) -> OffloadedLayer:
         """An empty layer for keys [B, S, K, H]."""
@@ -170,10 +182,10 @@ class OffloadedModel:
     ) -> HostThreadBackend | SimulatedBackend:
         sizes = self._settings.sizes
         shape = num_rows, num_blocks, slots_for(sizes), sizes.block_size, _width(self._shape)
-        if self._settings.backend == "simulated":
+        if self._backend == "simulated":
             return SimulatedBackend(*shape, dtype)
-        device = jax.devices()[0]
-        return HostThreadBackend(*shape, dtype, device=device, num_threads=_THREADS_A_LAYER)
+        kind = FfiGatherBackend if self._backend == "ffi_gather" else HostThreadBackend
+        return kind(*shape, dtype, device=self._device, num_threads=_THREADS_A_LAYER)
 
     def _end(self) -> None:
         """Gives up what an earlier text had, but for its figures."""
@@ -198,45 +210,92 @@ def _width(shape: KeyShape) -> int:
     return shape.head_dim if shape.value_dim is not None else 2 * shape.head_dim
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _embed(params: Any, tokens: jax.Array, *, cfg: ModelConfig) -> jax.Array:
-    return build_model(cfg, params).embedding(tokens)
-
-
-@functools.partial(jax.jit, static_argnames="cfg")
-def _final_norm(params: Any, x: jax.Array, *, cfg: ModelConfig) -> jax.Array:
-    return build_model(cfg, params).final_norm(x)
-
-
 class _Programs(NamedTuple):
-    """What is compiled for layers of one kind.
+    """What is compiled for layers of one kind, with the parameters of one.
 
     Attributes:
-        decode: parameters, x [B, D], positions [B], cache to x and cache, densely.
-        project: parameters, x, positions to query, key and value of attention.
-        finish: parameters, x, what attention gave to x.
+        decode: x [B, D], positions [B], cache to x and cache, densely.
+        project: x, positions to query, key and value of attention, None where there is none.
+        pass_on: x, what attention gave, positions to x and what the next layer projects.
     """
 
     decode: Callable[..., Any]
     project: Callable[..., Any]
-    finish: Callable[..., Any]
+    pass_on: Callable[..., Any]
 
 
-@functools.cache
-def _programs(graphdef: Any) -> _Programs:
-    """Closures: as an argument, the definition would be hashed in each call, for a third of it."""
+class _Kind(NamedTuple):
+    """A module without its parameters, from which and their list it is made again.
+
+    Programs are closures over it, cached: as an argument a definition is hashed in each call, and
+    parameters in any other form than a list are sorted; both take longer than a call itself.
+    """
+
+    graphdef: Any
+    structure: Any
+
+    def __call__(self, params: list[jax.Array]) -> Any:
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.structure, params))
+
+
+def _split(module: nnx.Module) -> tuple[_Kind, list[jax.Array]]:
+    graphdef, state = nnx.split(module)
+    params, structure = jax.tree.flatten(state)
+    return _Kind(graphdef, structure), params
+
+
+def _bound(module: nnx.Module) -> Callable[..., Any]:
+    kind, params = _split(module)
+    return functools.partial(_call(kind), params)
 
     @functools.partial(jax.jit, donate_argnums=3)
     def decode(params: Any, x: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         return nnx.merge(graphdef, params).decode(x, position, cache)
 
+def _programs(layer: Layer, following: Layer | None) -> _Programs:
+    """Programs of a layer, and of the one behind it, if there is one."""
+    kind, params = _split(layer)
+    next_kind, next_params = (None, None) if following is None else _split(following)
+    return _Programs(
+        functools.partial(_decode(kind), params),
+        functools.partial(_project(kind), params),
+        functools.partial(_pass_on(kind, next_kind), params, next_params),
+    )
+
+
+@functools.cache
+def _call(kind: _Kind) -> Callable[..., Any]:
+    return jax.jit(lambda params, x: kind(params)(x))
+
+
+@functools.cache
+def _decode(kind: _Kind) -> Callable[..., Any]:
+    @functools.partial(jax.jit, donate_argnums=3)
+    def decode(params: Any, x: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        return kind(params).decode(x, position, cache)
+
+    return decode
+
+
+@functools.cache
+def _project(kind: _Kind) -> Callable[..., Any]:
     @jax.jit
-    def project_one(params: Any, x: jax.Array, position: jax.Array) -> tuple[Any, ...]:
-        new = project(nnx.merge(graphdef, params), x[:, None], position[:, None])
+    def project_token(params: Any, x: jax.Array, position: jax.Array) -> tuple[Any, ...]:
+        new = project(kind(params), x[:, None], position[:, None])
         return tuple(None if array is None else array[:, 0] for array in new)
 
-    @jax.jit
-    def finish_one(params: Any, x: jax.Array, mixed: jax.Array) -> jax.Array:
-        return finish(nnx.merge(graphdef, params), x[:, None], mixed[:, None])[:, 0]
+    return project_token
 
-    return _Programs(decode, project_one, finish_one)
+
+@functools.cache
+def _pass_on(kind: _Kind, following: _Kind | None) -> Callable[..., Any]:
+    @jax.jit
+    def pass_on(
+        params: Any, next_params: Any, x: jax.Array, mixed: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        x = finish(kind(params), x[:, None], mixed[:, None])[:, 0]
+        if following is None:
+            return x, None
+        return x, _project(following)(next_params, x, position)
+
+    return pass_on

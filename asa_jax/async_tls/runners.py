@@ -109,6 +109,11 @@ class OffloadRunner(_SparseRunner):
         self._model = OffloadedModel(self.cfg, self.params, self._settings, self._channels)
 
     @property
+    def backend_line(self) -> str:
+        """Which back end moves blocks, for people."""
+        return self._model.backend_line
+
+    @property
     def figures(self) -> EngineFigures:
         """What the engines of all layers did so far."""
         return self._model.figures

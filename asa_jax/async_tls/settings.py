@@ -15,7 +15,8 @@ NUM_ALWAYS_KEPT = 3
 NEVER = -1.0
 # The value of num_channels for a quarter of what is not rotated alone: 32 of 128, 128 of 512 + 64.
 A_QUARTER = 0
-BACKENDS = ("host_thread", "simulated")
+# The first chooses: see ffi_gather.chosen_backend.
+BACKENDS = ("auto", "ffi_gather", "host_thread", "simulated")
 SERVED_KINDS = ("full", "mla")
 
 # What --config.async_tls.* changes; their reasons: docs/async_tls.md.
@@ -27,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "drift_cosine": NEVER,
     "lagged": True,
     "num_dense_layers": 2,
-    "backend": "host_thread",
+    "backend": "auto",
 }
 
 

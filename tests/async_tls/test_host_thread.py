@@ -46,6 +46,10 @@ def slots_of(engine, blocks):
 
 
 def test_random_steps_leave_what_the_simulated_back_end_leaves(backend):
+    check_against_the_simulated(backend)
+
+
+def check_against_the_simulated(backend):
     rng = np.random.default_rng(0)
     oracle = SimulatedBackend(*SIZES, slots_for(CFG), BLOCK, WIDTH, np.float32)
     engines = engine_of(oracle), engine_of(backend)

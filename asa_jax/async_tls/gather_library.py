@@ -1,0 +1,110 @@
+"""The gather of back end B3: compiled from `native/`, kept in a cache, registered with XLA."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from asa_jax.errors import UserError
+
+START, PLACE = "asa_gather_start", "asa_gather_place"
+_SOURCE = Path(__file__).parent / "native" / "block_gather.cu"
+_COMMON = ("-shared", "-std=c++17")
+_COMPILER_SECONDS = 300
+
+
+class GatherUnavailableError(UserError):
+    """The gather cannot be built, loaded or trusted on this machine."""
+
+
+@functools.cache
+def load_library(platform: str, capability: str) -> ctypes.CDLL:
+    """Builds the gather unless it is in the cache, and registers its two calls with XLA.
+
+    Args:
+        platform: "gpu", or "cpu" for the same protocol with a thread in place of the side stream.
+        capability: compute capability of the GPU, as 9.0; empty for "cpu".
+
+    Returns:
+        The library, its functions typed.
+
+    Raises:
+        GatherUnavailableError: there is no compiler, or it or the library fails.
+    """
+    path = library_path(platform, capability)
+    if not path.is_file():
+        build(platform, capability, path)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise GatherUnavailableError(f"{path}: cannot be loaded ({error}); remove it") from None
+    for function in (library.AsaOpen, library.AsaClose, library.AsaPin, library.AsaUnpin):
+        function.restype = ctypes.c_char_p
+    for name, function in ((START, library.AsaStart), (PLACE, library.AsaPlace)):
+        capsule = jax.ffi.pycapsule(function)
+        jax.ffi.register_ffi_target(name, capsule, platform="CUDA" if platform == "gpu" else "cpu")
+    return library
+
+
+def library_path(platform: str, capability: str) -> Path:
+    """Where the gather is kept: source, jaxlib and compute capability are in the file's name."""
+    digest = hashlib.sha256()
+    for path in sorted(_SOURCE.parent.iterdir()):
+        digest.update(path.read_bytes())
+    digest.update(f"{jaxlib.__version__} {platform} {capability}".encode())
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "asa_jax" / "native" / f"block_gather_{digest.hexdigest()[:24]}.so"
+
+
+def build(platform: str, capability: str, path: Path) -> None:
+    """Compiles the gather; the file appears when it is whole, so many processes may do so at once.
+
+    Raises:
+        GatherUnavailableError: there is no compiler, it fails, or the file cannot be written.
+    """
+    command = _compiler(platform, capability)
+    # As a system folder, because XLA's headers are not free of warnings.
+    command += [*_COMMON, "-isystem", jax.ffi.include_dir(), str(_SOURCE)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build_") as folder:
+            made = Path(folder) / path.name
+            done = subprocess.run(
+                [*command, "-o", str(made)],
+                capture_output=True,
+                text=True,
+                timeout=_COMPILER_SECONDS,
+            )
+            if done.returncode:
+                raise GatherUnavailableError(f"{command[0]} failed: {_first_error(done.stderr)}")
+            made.replace(path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise GatherUnavailableError(f"the gather cannot be built: {error}") from None
+
+
+def _compiler(platform: str, capability: str) -> list[str]:
+    if platform == "cpu":
+        return [_found("g++"), "-x", "c++", "-O2", "-fPIC", "-pthread"]
+    architecture = "sm_" + capability.replace(".", "")
+    return [_found("nvcc"), "-O3", f"-arch={architecture}", "-Xcompiler", "-fPIC"]
+
+
+def _found(name: str) -> str:
+    homes = [os.environ.get("CUDA_HOME") or "/usr/local/cuda"] if name == "nvcc" else []
+    folders = os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes)])
+    found = shutil.which(name, path=folders)
+    if found is None:
+        raise GatherUnavailableError(f"no {name} was found")
+    return found
+
+
+def _first_error(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else "no message")

@@ -1,0 +1,129 @@
+// A thread in place of a side stream, for XLA's CPU platform.
+#pragma once
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <queue>
+#include <thread>
+#include <utility>
+
+#include "transfer.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace block_gather {
+
+// There is no stream: handlers are called when their operands are there.
+using Context = xla::ffi::RunId;
+using Stream = xla::ffi::RunId;
+
+struct Flag {
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool landed = false;
+};
+using Event = std::shared_ptr<Flag>;
+
+class Side {
+ public:
+  Status Open(int) {
+    thread_ = std::thread([this] { Work(); });
+    return nullptr;
+  }
+
+  Status Close() {
+    Enqueue(nullptr);
+    thread_.join();
+    return nullptr;
+  }
+
+  Status Start(Stream, const int32_t* request, const Gather& gather, Event* landed) {
+    std::copy_n(request, kHeader + gather.num_blocks, const_cast<int32_t*>(gather.request));
+    *landed = std::make_shared<Flag>();
+    Enqueue([this, gather, flag = *landed] {
+      gate_.Pass();
+      Copy(gather);
+      std::lock_guard<std::mutex> lock(flag->mutex);
+      flag->landed = true;
+      flag->changed.notify_all();
+    });
+    return nullptr;
+  }
+
+  Status Wait(Stream, const Event& flag) {
+    std::unique_lock<std::mutex> lock(flag->mutex);
+    flag->changed.wait(lock, [&] { return flag->landed; });
+    return nullptr;
+  }
+
+  Status Place(Stream, const Placement& place) {
+    for (int64_t i = 0; i < place.count; ++i) {
+      const int64_t which = place.which[i], slot = place.slots[i];
+      if (slot < 0 || slot >= place.num_slots || which < 0 || which >= place.num_staged) continue;
+      std::memcpy(place.pool + slot * place.block_bytes, place.staging + which * place.block_bytes,
+                  place.block_bytes);
+    }
+    return nullptr;
+  }
+
+  bool Landed(const Event& flag, Status*) {
+    std::lock_guard<std::mutex> lock(flag->mutex);
+    return flag->landed;
+  }
+
+  void Forget(const Event&) {}
+
+  void Hold(bool held) { gate_.Set(!held); }
+
+ private:
+  static void Copy(const Gather& gather) {
+    const uint64_t low = static_cast<uint32_t>(gather.request[0]);
+    const uint64_t high = static_cast<uint32_t>(gather.request[1]);
+    const char* host = reinterpret_cast<const char*>(high << 32 | low);
+    for (int64_t i = 0; i < gather.num_blocks; ++i) {
+      const int64_t block = gather.request[kHeader + i];
+      if (block < 0 || block >= gather.request[2]) continue;
+      std::memcpy(gather.staging + i * gather.block_bytes, host + block * gather.block_bytes,
+                  gather.block_bytes);
+    }
+  }
+
+  void Enqueue(std::function<void()> job) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    jobs_.push(std::move(job));
+    changed_.notify_all();
+  }
+
+  void Work() {
+    while (true) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return !jobs_.empty(); });
+      std::function<void()> job = std::move(jobs_.front());
+      jobs_.pop();
+      lock.unlock();
+      if (!job) return;
+      job();
+    }
+  }
+
+  std::thread thread_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::queue<std::function<void()>> jobs_;
+  Gate gate_;
+};
+
+inline int CurrentDevice() { return 0; }
+
+inline Status Pin(void* memory, int64_t, void** address) {
+  *address = memory;
+  return nullptr;
+}
+
+inline Status Unpin(void*) { return nullptr; }
+
+}  // namespace block_gather

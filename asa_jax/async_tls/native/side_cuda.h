@@ -1,0 +1,165 @@
+// A side stream of a GPU, with kernels that read pinned memory of the host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "transfer.h"
+#include "xla/ffi/api/ffi.h"
+
+#define RETURN_IF_FAILED(call) \
+  if (cudaError_t error = (call)) return block_gather::Said(error)
+
+namespace block_gather {
+
+// Also takes the error back, so that the next launch is not blamed for it.
+inline Status Said(cudaError_t error) {
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+using Context = xla::ffi::PlatformStream<cudaStream_t>;
+using Stream = cudaStream_t;
+using Event = cudaEvent_t;
+constexpr int kThreads = 512;
+
+// All loads of a step are under way before its first store, so that few threads fill the bus.
+template <typename Vector>
+__device__ void CopyBlock(const char* from_bytes, char* to_bytes, int64_t bytes) {
+  constexpr int kUnroll = 4;
+  const Vector* from = reinterpret_cast<const Vector*>(from_bytes);
+  Vector* to = reinterpret_cast<Vector*>(to_bytes);
+  const int64_t size = bytes / static_cast<int64_t>(sizeof(Vector));
+  for (int64_t first = threadIdx.x; first < size; first += kUnroll * kThreads) {
+    Vector values[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (first + i * kThreads < size) values[i] = __ldcs(from + first + i * kThreads);
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (first + i * kThreads < size) to[first + i * kThreads] = values[i];
+    }
+  }
+}
+
+template <typename Vector>
+__global__ void __launch_bounds__(kThreads) GatherBlocks(Gather gather) {
+  const uint64_t low = static_cast<uint32_t>(gather.request[0]);
+  const uint64_t high = static_cast<uint32_t>(gather.request[1]);
+  const char* host = reinterpret_cast<const char*>(high << 32 | low);
+  for (int64_t i = blockIdx.x; i < gather.num_blocks; i += gridDim.x) {
+    const int64_t block = gather.request[kHeader + i];
+    if (block < 0 || block >= gather.request[2]) continue;
+    CopyBlock<Vector>(host + block * gather.block_bytes, gather.staging + i * gather.block_bytes,
+                      gather.block_bytes);
+  }
+}
+
+template <typename Vector>
+__global__ void __launch_bounds__(kThreads) PlaceBlocks(Placement place) {
+  const int64_t which = place.which[blockIdx.x], slot = place.slots[blockIdx.x];
+  if (slot < 0 || slot >= place.num_slots || which < 0 || which >= place.num_staged) return;
+  CopyBlock<Vector>(place.staging + which * place.block_bytes,
+                    place.pool + slot * place.block_bytes, place.block_bytes);
+}
+
+class Side {
+ public:
+  Status Open(int device) {
+    RETURN_IF_FAILED(cudaSetDevice(device));
+    RETURN_IF_FAILED(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    RETURN_IF_FAILED(cudaEventCreateWithFlags(&ready_, cudaEventDisableTiming));
+    return nullptr;
+  }
+
+  Status Close() {
+    RETURN_IF_FAILED(cudaStreamSynchronize(stream_));
+    RETURN_IF_FAILED(cudaEventDestroy(ready_));
+    RETURN_IF_FAILED(cudaStreamDestroy(stream_));
+    return nullptr;
+  }
+
+  Status Start(Stream main, const int32_t* request, const Gather& gather, Event* landed) {
+    const size_t bytes = (kHeader + gather.num_blocks) * sizeof(int32_t);
+    // XLA may give the request's memory away as soon as its own stream is past this point.
+    RETURN_IF_FAILED(cudaMemcpyAsync(const_cast<int32_t*>(gather.request), request, bytes,
+                                     cudaMemcpyDeviceToDevice, main));
+    RETURN_IF_FAILED(cudaEventRecord(ready_, main));
+    RETURN_IF_FAILED(cudaStreamWaitEvent(stream_, ready_, 0));
+    if (held_) RETURN_IF_FAILED(cudaLaunchHostFunc(stream_, PassGate, &gate_));
+    const int64_t ctas = std::min(gather.num_ctas, gather.num_blocks);
+    if (gather.block_bytes % sizeof(uint4)) {
+      GatherBlocks<char><<<ctas, kThreads, 0, stream_>>>(gather);
+    } else {
+      GatherBlocks<uint4><<<ctas, kThreads, 0, stream_>>>(gather);
+    }
+    RETURN_IF_FAILED(cudaGetLastError());
+    RETURN_IF_FAILED(cudaEventCreateWithFlags(landed, cudaEventDisableTiming));
+    RETURN_IF_FAILED(cudaEventRecord(*landed, stream_));
+    return nullptr;
+  }
+
+  Status Wait(Stream main, Event landed) {
+    RETURN_IF_FAILED(cudaStreamWaitEvent(main, landed, 0));
+    return nullptr;
+  }
+
+  Status Place(Stream main, const Placement& place) {
+    if (place.block_bytes % sizeof(uint4)) {
+      PlaceBlocks<char><<<place.count, kThreads, 0, main>>>(place);
+    } else {
+      PlaceBlocks<uint4><<<place.count, kThreads, 0, main>>>(place);
+    }
+    RETURN_IF_FAILED(cudaGetLastError());
+    return nullptr;
+  }
+
+  bool Landed(Event landed, Status* status) {
+    const cudaError_t error = cudaEventQuery(landed);
+    if (error) {
+      const Status said = Said(error);
+      if (error != cudaErrorNotReady) *status = said;
+    }
+    return !error;
+  }
+
+  void Forget(Event landed) { cudaEventDestroy(landed); }
+
+  void Hold(bool held) {
+    held_ = held;
+    gate_.Set(!held);
+  }
+
+ private:
+  static void PassGate(void* gate) { static_cast<Gate*>(gate)->Pass(); }
+
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t ready_ = nullptr;
+  bool held_ = false;
+  Gate gate_;
+};
+
+inline int CurrentDevice() {
+  int device = -1;
+  cudaGetDevice(&device);
+  return device;
+}
+
+inline Status Pin(void* memory, int64_t bytes, void** address) {
+  RETURN_IF_FAILED(
+      cudaHostRegister(memory, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped));
+  RETURN_IF_FAILED(cudaHostGetDevicePointer(address, memory, 0));
+  return nullptr;
+}
+
+inline Status Unpin(void* memory) {
+  RETURN_IF_FAILED(cudaHostUnregister(memory));
+  return nullptr;
+}
+
+}  // namespace block_gather
+
+#undef RETURN_IF_FAILED

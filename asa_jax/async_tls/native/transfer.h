@@ -1,0 +1,55 @@
+// What the two kinds of side streams share.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+
+namespace block_gather {
+
+// Numbers of a request in front of those of its blocks.
+constexpr int kHeader = 3;
+// What went wrong; null for nothing.
+using Status = const char*;
+
+struct Gather {
+  const int32_t* request;
+  int64_t num_blocks;
+  char* staging;
+  int64_t block_bytes;
+  int64_t num_ctas;
+};
+
+struct Placement {
+  const char* staging;
+  int64_t num_staged;
+  const int32_t* which;
+  const int32_t* slots;
+  int64_t count;
+  char* pool;
+  int64_t num_slots;
+  int64_t block_bytes;
+};
+
+// Tests close it to see what becomes of a transfer that stands still; it opens again by itself, so that
+// a driver that waits for the transfer does not wait for ever.
+class Gate {
+ public:
+  void Set(bool open) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    open_ = open;
+    changed_.notify_all();
+  }
+  void Pass() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait_for(lock, std::chrono::seconds(10), [this] { return open_; });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool open_ = true;
+};
+
+}  // namespace block_gather
