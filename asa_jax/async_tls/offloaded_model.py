@@ -248,9 +248,6 @@ def _bound(module: nnx.Module) -> Callable[..., Any]:
     kind, params = _split(module)
     return functools.partial(_call(kind), params)
 
-    @functools.partial(jax.jit, donate_argnums=3)
-    def decode(params: Any, x: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        return nnx.merge(graphdef, params).decode(x, position, cache)
 
 def _programs(layer: Layer, following: Layer | None) -> _Programs:
     """Programs of a layer, and of the one behind it, if there is one."""
