@@ -13,6 +13,7 @@ A batch is a dict of int32 arrays [B, T] (B rows of this process):
     positions         0, 1, ... within a piece, 0 in padding
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -206,7 +207,7 @@ def validation_batches(
     """One pass over the validation split, in order; rows that fill the last batch are all padding.
 
     Args:
-        folders: sources, one after the other.
+        folders: sources; each gives a row in turn, as long as it has some.
         sequence_length: T, tokens a row.
         batch_size: rows of the global batch, a multiple of `process_count`.
         alignment: pieces start at multiples of it.
@@ -221,6 +222,25 @@ def validation_batches(
         ConfigError: the batch does not divide over the processes.
     """
     sources = [Pieces(folder.split("validation"), sequence_length) for folder in folders]
-    pieces = grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
-    rows = _rows(pieces, sequence_length=sequence_length, alignment=alignment, seed=None)
-    return iter(rows.batch(batch_size, batch_fn=_Stack(batch_size, process_index, process_count)))
+    packed = [
+        _rows(
+            grain.MapDataset.source(source),
+            sequence_length=sequence_length,
+            alignment=alignment,
+            seed=None,
+        )
+        for source in sources
+    ]
+    stack = _Stack(batch_size, process_index, process_count)
+    return map(stack, itertools.batched(_in_turn(packed), batch_size))
+
+
+def _in_turn(datasets: Sequence[grain.IterDataset]) -> Iterator[dict[str, np.ndarray]]:
+    """An element of each in turn; of those that have more where others have ended."""
+    left = [iter(dataset) for dataset in datasets]
+    while left:
+        for iterator in list(left):
+            try:
+                yield next(iterator)
+            except StopIteration:
+                left.remove(iterator)

@@ -166,10 +166,14 @@ def test_validation_is_divided_alike_and_the_last_batch_is_padded(folder: TokenF
 
 
 def test_validation_takes_every_source_in_turn(tmp_path: Path, write_folder) -> None:
-    folders = [write_folder(tmp_path / name, ["x"], [name * 5]) for name in ("a", "b")]
+    """The first batches, all that an evaluation may read, hold as many rows of one as of another."""
+    folders = [
+        write_folder(tmp_path / name, ["x"], [name * 5] * documents)
+        for name, documents in (("a", 3), ("b", 1), ("c", 2))
+    ]
     batches = validation_batches(folders, sequence_length=8, batch_size=2, alignment=8)
     inputs = [bytes(inputs).decode() for inputs, _ in pieces_of(batches, 8)]
-    assert inputs == ["aaaaa", "bbbbb"]
+    assert [text[0] for text in inputs] == ["a", "b", "c", "a", "c", "a"]
 
 
 @pytest.mark.parametrize("steps", [0, 1, 7, 30, 55])
