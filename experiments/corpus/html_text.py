@@ -6,6 +6,10 @@ from html.parser import HTMLParser
 _SKIPPED = frozenset(
     ("script", "style", "nav", "head", "footer", "form", "button", "svg", "noscript")
 )
+# Any other element ends a head, whose own end may be left out.
+_IN_HEAD = frozenset(
+    ("title", "base", "link", "meta", "style", "script", "noscript", "template", "object")
+)
 _ON_A_LINE = frozenset(
     ("p", "div", "li", "tr", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "dt", "dd", "pre",
      "table", "section", "article", "ul", "ol", "dl", "blockquote")
@@ -21,6 +25,8 @@ class _Text(HTMLParser):
         self._preformatted = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if self._skipping[-1:] == ["head"] and tag not in _IN_HEAD:
+            self._skipping.pop()
         if tag in _SKIPPED:
             self._skipping.append(tag)
         self._preformatted += tag == "pre"

@@ -272,6 +272,12 @@ def test_html_keeps_what_a_reader_reads() -> None:
     assert "\n  c" in html_to_text(HTML)
 
 
+@pytest.mark.parametrize("begin", ["<body>", "<h1>", "<div><p>"])
+def test_a_head_may_have_no_end(begin: str) -> None:
+    page = f"<html><head><title>no</title><meta charset=utf-8><style>a {{}}</style>{begin}text"
+    assert html_to_text(page).split() == ["text"]
+
+
 @pytest.mark.parametrize(
     ("part", "path", "wanted"),
     [
