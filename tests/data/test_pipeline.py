@@ -166,7 +166,7 @@ def test_validation_is_divided_alike_and_the_last_batch_is_padded(folder: TokenF
 
 
 def test_validation_takes_every_source_in_turn(tmp_path: Path, write_folder) -> None:
-    """The first batches, all that an evaluation may read, hold as many rows of one as of another."""
+    """So the first batches, all that an evaluation may read, are of all of them."""
     folders = [
         write_folder(tmp_path / name, ["x"], [name * 5] * documents)
         for name, documents in (("a", 3), ("b", 1), ("c", 2))
