@@ -137,6 +137,10 @@ def _assumptions(config: Config, device: DeviceKind, documents: Mapping[int, int
         "weights and gradients travel while layers are computed; activations are waited for",
         "input, evaluation, checkpoints and compilation take no time",
     ]
+    if config.model.attention_implementation == "xla":
+        said.append(
+            "products of attention attain the rates of kernels, which this run does without"
+        )
     if config.mesh.context != 1:
         said.append("kernels take parts of rows at the rate of whole ones")
     if config.optimizer.name == "muon":

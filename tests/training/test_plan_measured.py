@@ -28,7 +28,8 @@ def marks(step):
 
 
 def config_of(step):
-    values = importlib.import_module(f"configs.{step['config']}").get_config()
+    module, *arm = step["config"].split(":")
+    values = importlib.import_module(f"configs.{module}").get_config(*arm)
     values.update_from_flattened_dict(step["fields"])
     return config_from_dict(values.to_dict())
 
