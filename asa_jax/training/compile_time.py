@@ -39,7 +39,8 @@ def compile_time(config: Config) -> dict[str, float]:
         config: the run; its mesh must fit the devices.
 
     Returns:
-        lower_seconds and compile_seconds of wall time, temporary_bytes of one device.
+        lower_seconds and compile_seconds of wall time; of one device state_bytes, with the batch,
+        and temporary_bytes.
     """
     mesh = make_mesh(config.mesh)
     start = time.monotonic()
@@ -47,10 +48,12 @@ def compile_time(config: Config) -> dict[str, float]:
     middle = time.monotonic()
     compiled: Any = lowered.compile()
     end = time.monotonic()
+    memory = compiled.memory_analysis()
     return {
         "lower_seconds": middle - start,
         "compile_seconds": end - middle,
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "state_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
     }
 
 
@@ -59,6 +62,7 @@ def main(config: Config) -> None:
     times = compile_time(config)
     print(
         f"lower {times['lower_seconds']:.1f} s  compile {times['compile_seconds']:.1f} s  "
+        f"state and batch {times['state_bytes'] / 2**20:,.0f} MiB  "
         f"temporaries {times['temporary_bytes'] / 2**20:,.0f} MiB on {jax.devices()[0].device_kind}"
     )
 
