@@ -23,14 +23,12 @@ class Demand(NamedTuple):
     Attributes:
         peak: bytes that exist at once, without its inputs.
         causes: of the peak, by label.
-        of_loss: whether the peak is in the loss.
         moved: bytes that fused operations read and write.
         copied: bytes that go into stacked arrays and out of them beside that.
     """
 
     peak: float
     causes: dict[str, float]
-    of_loss: bool
     moved: float
     copied: float
 
@@ -51,8 +49,8 @@ def demand(program: Program) -> Demand:
         if program.operations[i].kind == "scan"
     }
     moved, copied = _traffic(fusion, inner)
-    peak, causes, of_loss = _peak(fusion, inner)
-    return Demand(peak, causes, of_loss, moved, copied)
+    peak, causes = _peak(fusion, inner)
+    return Demand(peak, causes, moved, copied)
 
 
 class _Fusion:
@@ -74,37 +72,38 @@ class _Fusion:
             for value in set(operations[i].inputs):
                 self._takers[value].append(i)
             self._maker.update(dict.fromkeys(operations[i].outputs, i))
-        self._fused: set[int] = set()
-        # How many operations read a value if nothing of it is stored on the way.
-        readers: dict[int, frozenset[tuple[str, int]]] = {}
-        for i in reversed(needed):
-            if operations[i].kind == "fused":
-                for value in operations[i].outputs:
-                    self._decide(value, operations[i], readers)
+        self._fused = self._find_fused(needed)
         self._sources: dict[int, frozenset[int]] = {}
         stored = [i for i in needed if not self._fused.issuperset(operations[i].outputs)]
         self.reads = {i: self._read(operations[i].inputs) for i in stored}
-        chained = set(_needed(operations, program.results))
-        last = [i for i in stored if i not in chained] if program.stacked else []
-        self.order = [i for i in stored if i in chained or not program.stacked] + last
+        # What only stacked results need comes last.
+        first = set(_needed(operations, program.results)) if program.stacked else set(stored)
+        self.order = sorted(stored, key=lambda i: (i not in first, i))
 
-    def _decide(
-        self, value: int, operation: Operation, readers: dict[int, frozenset[tuple[str, int]]]
-    ) -> None:
-        """Stores what a fused operation makes, or leaves it to those that take it."""
-        program = self.program
-        found: set[tuple[str, int]] = {("stack", value)} if value in program.stacked else set()
-        must = value in program.results
-        for i in self._takers[value]:
-            taker = program.operations[i]
-            must |= taker.kind in ("own", "scan")
-            for made in taker.outputs:
-                found |= readers[made] if made in self._fused else {("operation", i)}
-        readers[value] = frozenset(found)
-        made_of, size = sum(map(self.bytes, operation.inputs)), self.bytes(value)
-        saves = len(found) * made_of > made_of + size * (1 + len(found))
-        if not must and not (saves and len(found) > 1):
-            self._fused.add(value)
+    def _find_fused(self, needed: list[int]) -> set[int]:
+        """The values that no operation stores."""
+        operations, fused = self.program.operations, set[int]()
+        # What reads a value if nothing of it is stored on the way.
+        readers: dict[int, frozenset[tuple[str, int]]] = {}
+        for i in reversed(needed):
+            for value in operations[i].outputs if operations[i].kind == "fused" else ():
+                takers = self._takers[value]
+                made = {x for taker in takers for x in operations[taker].outputs if x in fused}
+                ends = [("operation", i) for i in takers if fused.isdisjoint(operations[i].outputs)]
+                ends += [("stack", value)] if value in self.program.stacked else []
+                readers[value] = frozenset(ends).union(*(readers[x] for x in made))
+                if not self._is_worth_storing(value, len(readers[value])):
+                    fused.add(value)
+        return fused
+
+    def _is_worth_storing(self, value: int, readers: int) -> bool:
+        """Whether a value of a fused operation is needed as an array, or pays as one."""
+        operations = self.program.operations
+        takers = (operations[i].kind for i in self._takers[value])
+        if value in self.program.results or not {"own", "scan"}.isdisjoint(takers):
+            return True
+        made_of = sum(map(self.bytes, operations[self._maker[value]].inputs))
+        return readers > 1 and readers * made_of > made_of + self.bytes(value) * (1 + readers)
 
     def bytes(self, value: int) -> float:
         """That reading a value moves."""
@@ -169,13 +168,13 @@ def _traffic(fusion: _Fusion, inner: dict[int, Demand]) -> tuple[float, float]:
     return moved, copied
 
 
-def _peak(fusion: _Fusion, inner: dict[int, Demand]) -> tuple[float, dict[str, float], bool]:
-    """Most bytes at once, by label, and whether that is in the loss."""
+def _peak(fusion: _Fusion, inner: dict[int, Demand]) -> tuple[float, dict[str, float]]:
+    """Most bytes at once, and what they are by label."""
     program = fusion.program
     last = {value: i for i in fusion.order for value in fusion.reads[i]}
     last |= dict.fromkeys(program.results, -1)
     alive: dict[int, float] = {}
-    most: tuple[float, dict[str, float], bool] = (0.0, {}, False)
+    most: tuple[float, dict[str, float]] = (0.0, {})
     total = 0.0
     for i in fusion.order:
         operation = program.operations[i]
@@ -186,10 +185,11 @@ def _peak(fusion: _Fusion, inner: dict[int, Demand]) -> tuple[float, dict[str, f
         beside = inner[i].peak if i in inner else 0.0
         now = total + beside - sum(alive[value] for value in taken_over)
         if now > most[0]:
-            causes = defaultdict(float, {LOSS if operation.of_loss else LAYERS: beside})
+            inside = {LOSS if operation.of_loss else LAYERS: beside} if beside else {}
+            causes = defaultdict(float, inside)
             for value in alive.keys() - taken_over:
                 causes[program.labels[value]] += alive[value]
-            most = (now, dict(causes), operation.of_loss)
+            most = (now, dict(causes))
         for value in [x for x in alive if last.get(x, i) == i]:
             total -= alive.pop(value)
     return most

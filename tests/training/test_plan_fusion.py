@@ -51,4 +51,3 @@ def test_a_scan_keeps_stacks_and_sums_weights_last():
     assert found.causes[GRADIENTS] == layers * OF_W / 2
     # x w computed anew, its gradient through tanh, the gradient of x, and that of w.
     assert OF_X + OF_W <= found.causes[LAYERS] <= 4 * OF_X + OF_W
-    assert not found.of_loss
