@@ -61,6 +61,17 @@ def test_the_command_plans_for_devices_that_are_not_here(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("share", "remark"),
+    [(0.7, ""), (0.8, "needs XLA_CLIENT_MEM_FRACTION=0.88"), (1.1, "DOES NOT FIT")],
+)
+def test_what_memory_asks_for(share, remark):
+    """JAX takes three quarters of a device unless told otherwise."""
+    plan = make_plan(config_of("sliding"), 1, "H100") | {"memory_share": share}
+    (line, _) = [line for line in table(plan).splitlines() if "  together" in line]
+    assert line.split(maxsplit=2)[2:] == ([remark] if remark else [])
+
+
+@pytest.mark.parametrize(
     ("fields", "kind", "message"),
     [
         ({"model.experts.num_experts": 16}, "H100", "num_experts = 16: a plan does not know"),
