@@ -10,6 +10,7 @@ from asa_jax.config import config_from_dict
 from asa_jax.errors import ConfigError
 from asa_jax.flags import PROJECT
 from asa_jax.training.plan import main, make_plan, table
+from asa_jax.training.plan_documents import count_documents
 from asa_jax.training.plan_share import trace_share
 from configs import asa_340m
 
@@ -58,6 +59,24 @@ def test_the_command_plans_for_devices_that_are_not_here(tmp_path):
     # An eighth of what fsdp spreads; what makes keys of latents is whole on every device.
     parameters = plan["memory_bytes"]["parameters"]
     assert 4 * plan["parameters"] / 8 < parameters < 4 * plan["parameters"] / 6
+
+
+def test_attention_ends_where_documents_do():
+    """Two halves of a row have half of its pairs."""
+    seconds = [
+        make_plan(config_of("full"), 1, "H100", documents)["compute_seconds"]["attention: causal"]
+        for documents in ({8192: 1}, {4096: 2})
+    ]
+    assert seconds[1] == pytest.approx(seconds[0] / 2, rel=1e-3)
+
+
+def test_documents_are_those_of_the_rows(make_config, token_folder):
+    config = make_config(**{"data.sources": (str(token_folder),)})
+    rows, length = config.data.batch_size, config.data.sequence_length
+    found = count_documents(config, rows + 1)  # so two batches are read
+    assert max(found) <= length
+    tokens = sum(tokens * number for tokens, number in found.items())
+    assert rows * length < tokens <= 2 * rows * length
 
 
 @pytest.mark.parametrize(
