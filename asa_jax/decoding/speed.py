@@ -169,11 +169,12 @@ def prepare_largest(cfg: ModelConfig, shapes: Any, context: int) -> Measure:
         A function of the parameters that gives the rows by accounting of weights and caches alone,
         and as many as were allocated and decoded.
     """
-    row = tree_bytes(_state_shapes(cfg, 1, context))
-    accounted = rows = int(_limit() - tree_bytes(shapes)) // row
+    room = _limit() - tree_bytes(shapes)
+    accounted = rows = room // tree_bytes(_state_shapes(cfg, 1, context))
     program = _compile_loop(cfg, shapes, rows, context)
-    while (excess := program_bytes(program) - _limit()) > 0:
-        rows -= -(-excess // row)
+    while (needed := program_bytes(program)) > _limit():
+        each = (needed - tree_bytes(shapes)) / rows
+        rows = min(rows - 1, int(room / each))
         program = _compile_loop(cfg, shapes, rows, context)
 
     def measure(params: Any) -> dict[str, Any]:
