@@ -19,6 +19,9 @@ from asa_jax.sharding import constrain, partition_spec
 # Maps the model, tokens [B], positions [B] and a cache to hidden states [B, D] and the cache.
 DecodeFunction = Callable[[Transformer, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
+# Else XLA joins weights that multiply the same vectors, at every step, to have one product of them.
+_KEEP_WEIGHTS = {"xla_gpu_dot_merger_threshold_mb": 0}
+
 
 class DecodeState(NamedTuple):
     """Rows of text as far as they are read.
@@ -145,6 +148,7 @@ def read_chunk(
     jax.jit,
     static_argnames=("cfg", "vocab_size", "size", "num_alternatives", "decode"),
     donate_argnames=("state",),
+    compiler_options=_KEEP_WEIGHTS,
 )
 def draw_tokens(
     params: Any,
@@ -175,6 +179,7 @@ def draw_tokens(
         The rows, and the tokens drawn.
     """
     model = nnx.merge(abstract_model(cfg)[0], params)
+    model.join()
 
     def unfinished(carry: tuple[DecodeState, Drawn]) -> jax.Array:
         state, drawn = carry

@@ -121,6 +121,11 @@ def _over(mask: jax.Array, like: jax.Array) -> jax.Array:
 
 def write(cache: jax.Array, slot: jax.Array, token: jax.Array) -> jax.Array:
     """Writes one token [B, ...] a row to slot [B] of a cache [B, S, ...]."""
+    if cache.shape[0] == 1:
+        # As a scatter XLA would read the old token first, in kernels of their own.
+        return jax.lax.dynamic_update_slice_in_dim(
+            cache, token[:, None].astype(cache.dtype), slot[0], axis=1
+        )
     return cache.at[jnp.arange(cache.shape[0]), slot].set(token.astype(cache.dtype))
 
 
@@ -129,7 +134,13 @@ def write_if(cache: jax.Array, slot: jax.Array, token: jax.Array, keep: jax.Arra
     rows = jnp.arange(cache.shape[0])
     slot = jnp.clip(slot, 0, cache.shape[1] - 1)
     keep = keep.reshape(keep.shape + (1,) * (token.ndim - 1))
-    return cache.at[rows, slot].set(jnp.where(keep, token.astype(cache.dtype), cache[rows, slot]))
+    return write(cache, slot, jnp.where(keep, token.astype(cache.dtype), cache[rows, slot]))
+
+
+def pad_rows(x: jax.Array, num_rows: int) -> jax.Array:
+    """Rows [B, ...] and copies of the last of them, `num_rows` together."""
+    missing = num_rows - x.shape[0]
+    return jnp.pad(x, ((0, missing), *((0, 0) for _ in x.shape[1:])), mode="edge")
 
 
 class Keys(NamedTuple):

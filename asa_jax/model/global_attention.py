@@ -41,11 +41,12 @@ from asa_jax.model.cached_attention import (
     attend_blocks,
     attend_cache,
     fill,
+    pad_rows,
     write,
     write_if,
 )
 from asa_jax.model.latent_attention import DecoupledQuery
-from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
+from asa_jax.model.layers import JoinedProjections, Projection, RMSNorm, join, residual_stddev
 from asa_jax.model.rope import rotate
 from asa_jax.sharding import gather_group, own_groups, sharded, shards_per_group
 from pallas_kernels.compressed_attention import compressed_attention
@@ -91,6 +92,13 @@ class GroupLatentAttention(nnx.Module):
             rngs=rngs,
         )  # fmt: skip
         self.scale = cfg.score_scale(cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
+        self.joined: JoinedProjections | None = nnx.data(None)
+
+    def join(self) -> None:
+        """Joins what multiplies the same vectors, for a loop of steps with few of them."""
+        self.joined = join(
+            (self.query.first, 0), (self.down, 0), (self.rope_key, 0), (self.gates, 0)
+        )
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D].
@@ -154,9 +162,9 @@ class GroupLatentAttention(nnx.Module):
         self, x: jax.Array, position: jax.Array, cache: GlobalCache
     ) -> tuple[jax.Array, GlobalCache]:
         """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
-        x, positions = x[:, None], position[:, None]
-        query = self._absorb(*self.query(x, positions))[:, 0]
-        latent, rope_key = self._compress(x, positions)
+        rows, padded, x = position.size, pad_rows(position, x.shape[0])[:, None], x[:, None]
+        query, latent, rope_key, gate = (a[:rows] for a in self._project(x, padded))
+        query = query[:, 0]
         cache = cache._replace(
             latent=write(cache.latent, position, latent[:, 0]),
             rope_key=write(cache.rope_key, position, rope_key[:, 0]),
@@ -172,17 +180,31 @@ class GroupLatentAttention(nnx.Module):
         )
         keys = Keys(cache.latent, rope_key=cache.rope_key)
         selected = attend_blocks(query, keys, block_indices, position + 1, self.cfg, self.scale)
-        mixed = _mix(self._gate(x)[:, 0], compressed, selected)
+        mixed = pad_rows(_mix(gate[:, 0], compressed, selected), x.shape[0])
         return self._project_out(mixed[:, None])[:, 0], cache._replace(block_indices=block_indices)
 
     def _gate(self, x: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(self.gates("BTD,DNE->BTNE", x))
 
+    def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+        """Absorbed queries, latents, rotated keys and gates of tokens [B, T, D]."""
+        if self.joined is None:
+            absorbed = self._absorb(*self.query(x, positions))
+            return absorbed, *self._compress(x, positions), self._gate(x)
+        query, latent, rope_key, gate = self.joined(x)
+        absorbed = self._absorb(*self.query.finish(query, positions))
+        return absorbed, *self._place(latent, rope_key, positions), jax.nn.sigmoid(gate)
+
     def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        latent = self.down("BTD,DKR->BTKR", x)
+        rope_key = self.rope_key("BTD,DH->BTH", x)
+        return self._place(self.down("BTD,DKR->BTKR", x), rope_key, positions)
+
+    def _place(
+        self, latent: jax.Array, rope_key: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalised latents [B, T, K, R] and rotated keys [B, T, HR]."""
         if self.norm is not None:
             latent = self.norm(latent)
-        rope_key = self.rope_key("BTD,DH->BTH", x)
         rope = self.cfg.rope_theta, self.cfg.rope_scaling
         return latent, rotate(rope_key[:, :, None], positions, *rope)[:, :, 0]
 

@@ -25,11 +25,12 @@ from asa_jax.model.cached_attention import (
     attend_cache,
     extend_ring,
     fill,
+    pad_rows,
     ring_segment_ids,
     write,
 )
 from asa_jax.model.causal_attention import causal_attention
-from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
+from asa_jax.model.layers import JoinedProjections, Projection, RMSNorm, join, residual_stddev
 from asa_jax.model.rope import rotate
 from asa_jax.sharding import constrain, sharded
 from pallas_kernels.sliding_window_attention import sliding_window_attention
@@ -68,6 +69,11 @@ class GroupedQueryAttention(nnx.Module):
         self.query_norm = norm() if cfg.qk_norm else None
         self.key_norm = norm() if cfg.qk_norm else None
         self.scale = cfg.score_scale(cfg.head_dim)
+        self.joined: JoinedProjections | None = nnx.data(None)
+
+    def join(self) -> None:
+        """Joins what multiplies the same vectors, for a loop of steps with few of them."""
+        self.joined = join((self.query, 0), (self.key_value, 1))
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
@@ -106,7 +112,8 @@ class GroupedQueryAttention(nnx.Module):
         self, x: jax.Array, position: jax.Array, cache: GroupedQueryCache
     ) -> tuple[jax.Array, GroupedQueryCache]:
         """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
-        query, key, value = self.project(x[:, None], position[:, None])
+        rows, padded = position.size, pad_rows(position, x.shape[0])[:, None]
+        query, key, value = (a[:rows] for a in self.project(x[:, None], padded))
         slots = cache.key.shape[1]
         slot = position % slots
         cache = GroupedQueryCache(
@@ -116,12 +123,16 @@ class GroupedQueryAttention(nnx.Module):
         output, _ = attend_cache(
             query[:, 0], Keys(*cache), lengths, self.scale, self.cfg.implementation
         )
-        return self.output("BNH,NHD->BD", output), cache
+        return self.output("BNH,NHD->BD", pad_rows(output, x.shape[0])), cache
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
         """Rotated queries [B, T, N, H] and keys, and values, of tokens [B, T, D]."""
-        query = self.query("BTD,DNH->BTNH", x)
-        key, value = self.key_value("BTD,PDKH->PBTKH", x)
+        if self.joined is None:
+            query = self.query("BTD,DNH->BTNH", x)
+            key, value = self.key_value("BTD,PDKH->PBTKH", x)
+        else:
+            query, pair = self.joined(x)
+            key, value = jnp.moveaxis(pair, 2, 0)
         query = constrain(query, "batch", "sequence", "heads", "head_dim")
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)

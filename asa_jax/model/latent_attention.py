@@ -35,11 +35,12 @@ from asa_jax.model.cached_attention import (
     attend_cache,
     extend_ring,
     fill,
+    pad_rows,
     ring_segment_ids,
     write,
 )
 from asa_jax.model.causal_attention import causal_attention
-from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
+from asa_jax.model.layers import JoinedProjections, Projection, RMSNorm, join, residual_stddev
 from asa_jax.model.rope import rotate
 from asa_jax.sharding import constrain, sharded
 from pallas_kernels.sliding_window_attention import sliding_window_attention
@@ -74,9 +75,19 @@ class DecoupledQuery(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps x [B, T, D] to position-free [B, T, N, HC] and rotated [B, T, N, HR] queries."""
+        first = self.down("BTD,DR->BTR", x) if self.cfg.q_lora_rank else None
+        return self.finish(self.up("BTD,DNH->BTNH", x) if first is None else first, positions)
+
+    @property
+    def first(self) -> Projection:
+        """The projection that takes x."""
+        return self.down if self.cfg.q_lora_rank else self.up
+
+    def finish(self, query: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As `__call__`, of what `first` makes of x."""
         if self.cfg.q_lora_rank:
-            x = self.norm(self.down("BTD,DR->BTR", x))
-        query = constrain(self.up("BTD,DNH->BTNH", x), "batch", "sequence", "heads", "head_dim")
+            query = self.up("BTD,DNH->BTNH", self.norm(query))
+        query = constrain(query, "batch", "sequence", "heads", "head_dim")
         nope, rope = jnp.split(query, [self.cfg.qk_nope_head_dim], axis=-1)
         return nope, rotate(rope, positions, self.cfg.rope_theta, self.cfg.rope_scaling)
 
@@ -101,6 +112,11 @@ class LatentAttention(nnx.Module):
             bias=(2,) if cfg.attention_bias else (), rngs=rngs,
         )  # fmt: skip
         self.scale = cfg.score_scale(cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
+        self.joined: JoinedProjections | None = nnx.data(None)
+
+    def join(self) -> None:
+        """Joins what multiplies the same vectors, for a loop of steps with few of them."""
+        self.joined = join((self.query.first, 0), (self.down, 0), (self.rope_key, 0))
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
@@ -144,7 +160,8 @@ class LatentAttention(nnx.Module):
         self, x: jax.Array, position: jax.Array, cache: LatentCache
     ) -> tuple[jax.Array, LatentCache]:
         """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
-        query, latent, rope_key = self.project_absorbed(x[:, None], position[:, None])
+        rows, padded = position.size, pad_rows(position, x.shape[0])[:, None]
+        query, latent, rope_key = (a[:rows] for a in self.project_absorbed(x[:, None], padded))
         slots = cache.latent.shape[1]
         cache = LatentCache(
             write(cache.latent, position % slots, latent[:, 0]),
@@ -153,19 +170,30 @@ class LatentAttention(nnx.Module):
         keys = Keys(cache.latent[:, :, None], rope_key=cache.rope_key)
         lengths = jnp.minimum(position + 1, slots)
         mixed, _ = attend_cache(query[:, 0], keys, lengths, self.scale, self.cfg.implementation)
+        mixed = pad_rows(mixed, x.shape[0])
         return self.output("BNH,NHD->BD", self.value_up("BNR,RNH->BNH", mixed)), cache
 
     def project_absorbed(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
         """Absorbed queries [B, T, N, R + HR], latents and rotated keys of tokens [B, T, D]."""
-        nope, rope = self.query(x, positions)
+        if self.joined is None:
+            (nope, rope), compressed = self.query(x, positions), self._compress(x, positions)
+        else:
+            query, latent, rope_key = self.joined(x)
+            nope, rope = self.query.finish(query, positions)
+            compressed = self._place(latent, rope_key, positions)
         query = jnp.concatenate([self.key_up("BTNH,RNH->BTNR", nope), rope], axis=-1)
-        return query, *self._compress(x, positions)
+        return query, *compressed
 
     def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        latent = self.down("BTD,DR->BTR", x)
+        rope_key = self.rope_key("BTD,DH->BTH", x)
+        return self._place(self.down("BTD,DR->BTR", x), rope_key, positions)
+
+    def _place(
+        self, latent: jax.Array, rope_key: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalised latents [B, T, R] and rotated keys [B, T, HR]."""
         if self.norm is not None:
             latent = self.norm(latent)
-        rope_key = self.rope_key("BTD,DH->BTH", x)
         rope = self.cfg.rope_theta, self.cfg.rope_scaling
         return latent, rotate(rope_key[:, :, None], positions, *rope)[:, :, 0]
 

@@ -3,7 +3,9 @@
 Weights are float32 masters; they are cast to the dtype of the activations where they are used.
 """
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +59,7 @@ class Projection(nnx.Module):
         """
         weight = self.matrix(x)
         if activation is None:
-            y = jnp.einsum(equation, x, weight)
+            y = _product(equation, x, weight)
         else:
             y = jax.checkpoint(lambda x, w: jnp.einsum(equation, activation(x), w))(x, weight)
         return y if self.bias is None else y + _broadcast(self.bias[...].astype(x.dtype), equation)
@@ -69,11 +71,57 @@ class Projection(nnx.Module):
         return gathered(weight, self.axes) if x.size > weight.size else weight
 
 
+def _product(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """einsum(equation, x, weight), of matrices where x is small and several axes are summed.
+
+    XLA may take such axes in another order, as what made x suits, and transpose the weight for it.
+    """
+    inputs, result = equation.split("->")
+    of_x, of_weight = inputs.split(",")
+    summed = "".join(name for name in of_x if name in of_weight and name not in result)
+    count = len(summed)
+    in_order = of_x.endswith(summed) and of_weight.startswith(summed)
+    if x.size > weight.size or count < 2 or not in_order:
+        return jnp.einsum(equation, x, weight)
+    kept, new = x.shape[:-count], weight.shape[count:]
+    y = x.reshape(*kept, -1) @ weight.reshape(-1, math.prod(new))
+    return y.reshape(*kept, *new)
+
+
 def _broadcast(bias: jax.Array, equation: str) -> jax.Array:
     """Gives a bias the dimensions of the result: those that the weight of the equation has."""
     weight, result = equation.split(",")[1].split("->")
     sizes = iter(bias.shape)
     return bias.reshape([next(sizes) if name in weight else 1 for name in result.strip(".")])
+
+
+class JoinedProjections(nnx.Module):
+    """Projections of the same vectors as one product, in the place of a small one for each."""
+
+    def __init__(self, projections: Sequence[tuple[Projection, int]]) -> None:
+        """Joins their weights; they may not have biases.
+
+        Args:
+            projections: each with the axis of its weight that is summed.
+        """
+        weights = [jnp.moveaxis(p.weight[...], axis, 0) for p, axis in projections]
+        self.shapes = tuple(weight.shape[1:] for weight in weights)
+        joined = [weight.reshape(weight.shape[0], -1) for weight in weights]
+        self.weight = nnx.Param(jnp.concatenate(joined, axis=1))
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """Maps [..., D] to what each projection makes of it: [..., *rest of its weight]."""
+        ends = list(itertools.accumulate(map(math.prod, self.shapes)))
+        parts = jnp.split(x @ self.weight[...].astype(x.dtype), ends[:-1], axis=-1)
+        kept = x.shape[:-1]
+        return [y.reshape(*kept, *shape) for y, shape in zip(parts, self.shapes, strict=True)]
+
+
+def join(*projections: tuple[Projection, int]) -> JoinedProjections | None:
+    """`JoinedProjections`, None where one has a bias."""
+    if any(projection.bias is not None for projection, _ in projections):
+        return None
+    return JoinedProjections(projections)
 
 
 class RMSNorm(nnx.Module):
@@ -109,6 +157,11 @@ class SwiGLU(nnx.Module):
         self.down = Projection(
             into[::-1], ("mlp", "embed"), residual_stddev(cfg), bias=bias, rngs=rngs
         )
+        self.joined: JoinedProjections | None = nnx.data(None)
+
+    def join(self) -> None:
+        """Joins what multiplies the same vectors, for a loop of steps with few of them."""
+        self.joined = join((self.gate, 0), (self.up, 0))
 
     @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -117,6 +170,8 @@ class SwiGLU(nnx.Module):
 
     def _gate_and_up(self, x: jax.Array) -> jax.Array:
         """x W_gate and x W_up, [..., 2, F]."""
+        if self.joined is not None:
+            return jnp.stack(self.joined(x), axis=-2)
         pair, weight = (self.gate, self.up), self.gate.weight
         if x.size <= weight.size or self.gate.bias is not None:
             return jnp.stack([projection("...D,DF->...F", x) for projection in pair], axis=-2)

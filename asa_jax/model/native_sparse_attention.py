@@ -47,6 +47,7 @@ from asa_jax.model.cached_attention import (
     Keys,
     attend_blocks,
     attend_cache,
+    pad_rows,
     write_if,
 )
 from asa_jax.model.layers import Projection, residual_stddev
@@ -142,8 +143,8 @@ class NativeSparseAttention(nnx.Module):
         self, x: jax.Array, position: jax.Array, cache: SparseCache
     ) -> tuple[jax.Array, SparseCache]:
         """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
-        x = x[:, None]
-        query, pairs = self._project(x, position[:, None])
+        rows, padded, x = position.size, pad_rows(position, x.shape[0])[:, None], x[:, None]
+        query, pairs = jax.tree.map(lambda a: a[:rows], self._project(x, padded))
         cache = self._append_summary(append_token(cache, pairs, position), position)
         outputs: dict[str, jax.Array] = {}
         if cache.compressed is not None:
@@ -162,7 +163,8 @@ class NativeSparseAttention(nnx.Module):
             cache = cache._replace(block_indices=block_indices)
         if "window" in self.cfg.nsa_branches:
             outputs["window"] = self._attend_window(query[:, 0], cache, position)
-        output = self._combine(x, {name: o[:, None] for name, o in outputs.items()})
+        padded_outputs = {n: pad_rows(o, x.shape[0])[:, None] for n, o in outputs.items()}
+        output = self._combine(x, padded_outputs)
         return output[:, 0], cache
 
     def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, dict[str, KeyValue]]:

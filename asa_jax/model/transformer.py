@@ -11,7 +11,7 @@ from flax import nnx
 
 from asa_jax.config import ModelConfig
 from asa_jax.context_parallel import context_size, in_row_order, placement, row_order
-from asa_jax.model.cached_attention import Chunk
+from asa_jax.model.cached_attention import Chunk, pad_rows
 from asa_jax.model.global_attention import GroupLatentAttention
 from asa_jax.model.grouped_query_attention import GroupedQueryAttention
 from asa_jax.model.latent_attention import LatentAttention
@@ -24,6 +24,10 @@ from pallas_kernels.masked_attention import RESIDUAL_NAMES
 Attention = GroupedQueryAttention | LatentAttention | GroupLatentAttention | NativeSparseAttention
 # A function of one layer group: (group, hidden states, its cache) to (hidden states, its cache).
 GroupFunction = Callable[["LayerGroup", jax.Array, Any], tuple[jax.Array, Any]]
+
+# Of hidden states in decoding: of fewer rows XLA makes no matrix product but a product of numbers,
+# which it writes to memory, and a sum.
+MIN_ROWS = 8
 
 
 def make_attention(kind: str, cfg: ModelConfig, *, rngs: nnx.Rngs) -> Attention:
@@ -134,6 +138,19 @@ class Transformer(nnx.Module):
         x, _ = self._run(rematerialised(apply, self.cfg.remat), x, None)
         return self.final_norm(x)
 
+    def join(self) -> None:
+        """Joins weights that multiply the same vectors, of layers in a list on one device.
+
+        Made before a loop of steps, it saves each of them many small products.
+        """
+        if self.cfg.scan_layers or not jax.sharding.get_abstract_mesh().empty:
+            return
+        for group in [*([] if self.prefix is None else [self.prefix]), *self.groups]:
+            for layer in group.layers:
+                for module in (layer.attention, layer.mlp):
+                    if not isinstance(module, NativeSparseAttention | MixtureOfExperts):
+                        module.join()
+
     def unembedding(self) -> jax.Array:
         """The [D, V] matrix of the logits, in the compute dtype."""
         return self.embedding.unembedding()
@@ -191,8 +208,10 @@ class Transformer(nnx.Module):
                 updated.append(cache)
             return x, updated
 
-        x, cache = self._run(apply, self.embedding(tokens), cache)
-        return self.final_norm(x), cache
+        x, one_device = self.embedding(tokens), jax.sharding.get_abstract_mesh().empty
+        num_rows = max(MIN_ROWS, tokens.size) if one_device else tokens.size
+        x, cache = self._run(apply, pad_rows(x, num_rows), cache)
+        return self.final_norm(x)[: tokens.size], cache
 
     def _run(self, apply: GroupFunction, x: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
         """Applies a function to the layer groups in turn, by scan where they are stacked."""

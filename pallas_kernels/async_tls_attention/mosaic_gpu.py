@@ -23,8 +23,6 @@ from pallas_kernels.mosaic.gather import COPY_BYTES
 from pallas_kernels.mosaic.key_walk import copy_all
 from pallas_kernels.mosaic.tiles import ROWS
 
-FEW_SPLITS = 40  # of which the merge is written out
-
 
 # Compiled by itself, so that layers of the same sizes are lowered once.
 @functools.partial(jax.jit, static_argnames=("scale", "value_columns", "splits", "interpret"))
@@ -64,7 +62,7 @@ def async_tls_attention(
         queries, arrays, cache, value_columns, positions,
         scale=scale, sizes=sizes, splits=splits, interpret=interpret,
     )  # fmt: skip
-    return (merge if splits <= FEW_SPLITS else decode.merge)(outputs, lse, num_heads)
+    return decode.merge(outputs, lse, num_heads)
 
 
 def unpacked(head_dim: int, packed: jax.Array, value_columns: tuple[int, int]) -> Cache:
@@ -96,26 +94,6 @@ def unpacked(head_dim: int, packed: jax.Array, value_columns: tuple[int, int]) -
         raise NotImplementedError(f"key: latents of {num_kv_heads} heads, the kernel takes one")
     rope = of(head_dim - end) if end < head_dim else None
     return Cache(of(num_kv_heads, end), None, rope)
-
-
-def merge(outputs: jax.Array, lse: jax.Array, num_heads: int) -> tuple[jax.Array, jax.Array]:
-    """`decode.merge` of few splits, one after another: XLA makes a kernel of it instead of four."""
-    batch, num_kv_heads, splits = lse.shape[:3]
-    group = num_heads // num_kv_heads
-    of_splits = [lse[:, :, i, :group] for i in range(splits)]
-    maximum = functools.reduce(jnp.maximum, of_splits)
-    finite = jnp.where(maximum > -jnp.inf, maximum, 0)
-    shares = [jnp.exp2(x - finite) for x in of_splits]
-    total = functools.reduce(jnp.add, shares)
-    weighed = [
-        share[:, :, None, :, None] * outputs[:, :, i, :, :group].astype(jnp.float32)
-        for i, share in enumerate(shares)
-    ]
-    output = functools.reduce(jnp.add, weighed)
-    output = output / jnp.where(total > 0, total, 1)[:, :, None, :, None]
-    output = output.swapaxes(2, 3).reshape(batch, num_heads, -1).astype(outputs.dtype)
-    lse = (maximum + jnp.log2(total)) / tiles.LOG2E
-    return output, lse.reshape(batch, num_heads)
 
 
 def _attend_splits(

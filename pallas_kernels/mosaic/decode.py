@@ -28,6 +28,7 @@ from pallas_kernels.mosaic.key_walk import copy_all
 from pallas_kernels.mosaic.tiles import ROWS
 
 COPY_ROWS = 8  # of a tile: the least that a copy takes
+FEW_SPLITS = 64  # of which the merge is written out
 
 
 def decode(
@@ -97,7 +98,9 @@ def merge(outputs: jax.Array, lse: jax.Array, num_heads: int) -> tuple[jax.Array
     Returns:
       Output [B, N, h] in the type of outputs, log-sum-exp [B, N] in base e.
     """
-    batch, num_kv_heads = lse.shape[:2]
+    batch, num_kv_heads, splits = lse.shape[:3]
+    if splits <= FEW_SPLITS:
+        return _merge_few(outputs, lse, num_heads)
     group = num_heads // num_kv_heads
     lse, outputs = lse[..., :group], outputs[..., :group, :]
     maximum = lse.max(axis=2, keepdims=True)
@@ -106,6 +109,26 @@ def merge(outputs: jax.Array, lse: jax.Array, num_heads: int) -> tuple[jax.Array
     shares = (shares / jnp.where(total > 0, total, 1))[:, :, :, None, :, None]
     output = (shares * outputs.astype(jnp.float32)).sum(axis=2).astype(outputs.dtype)
     output = output.swapaxes(2, 3).reshape(batch, num_heads, -1)
+    lse = (maximum + jnp.log2(total)) / tiles.LOG2E
+    return output, lse.reshape(batch, num_heads)
+
+
+def _merge_few(outputs: jax.Array, lse: jax.Array, num_heads: int) -> tuple[jax.Array, jax.Array]:
+    """`merge` of few splits, one after another: XLA makes a kernel of it instead of four."""
+    batch, num_kv_heads, splits = lse.shape[:3]
+    group = num_heads // num_kv_heads
+    of_splits = [lse[:, :, i, :group] for i in range(splits)]
+    maximum = functools.reduce(jnp.maximum, of_splits)
+    finite = jnp.where(maximum > -jnp.inf, maximum, 0)
+    shares = [jnp.exp2(x - finite) for x in of_splits]
+    total = functools.reduce(jnp.add, shares)
+    weighed = [
+        share[:, :, None, :, None] * outputs[:, :, i, :, :group].astype(jnp.float32)
+        for i, share in enumerate(shares)
+    ]
+    output = functools.reduce(jnp.add, weighed)
+    output = output / jnp.where(total > 0, total, 1)[:, :, None, :, None]
+    output = output.swapaxes(2, 3).reshape(batch, num_heads, -1).astype(outputs.dtype)
     lse = (maximum + jnp.log2(total)) / tiles.LOG2E
     return output, lse.reshape(batch, num_heads)
 

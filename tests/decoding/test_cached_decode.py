@@ -12,7 +12,7 @@ from flax import nnx
 
 from asa_jax.config import ModelConfig
 from asa_jax.model.cached_attention import Chunk
-from asa_jax.model.transformer import abstract_model
+from asa_jax.model.transformer import MIN_ROWS, abstract_model
 from tests.decoding.kind_cases import CASES
 from tests.models import QUICK_COMPILE, random_params, tiny_model_config
 
@@ -41,9 +41,12 @@ class _Reader:
             return model(params).prefill(tokens, chunk, cache)
 
         def decode(params, held, cache):
+            decoder = model(params)
+            decoder.join()
+
             def step(cache, position):
                 tokens = jnp.array(TOKENS)[self.rows, position]
-                hidden, cache = model(params).decode(tokens, position, cache)
+                hidden, cache = decoder.decode(tokens, position, cache)
                 return cache, hidden
 
             positions = held + jnp.arange(NUM_STEPS)[:, None]
@@ -127,3 +130,22 @@ class CachedDecodeTest(parameterized.TestCase):
         forward = np.abs(np.asarray(_forward(rounded, params), np.float32) - want)[known]
         self.assertLess(np.mean(decoded), 1.2 * np.mean(forward))
         self.assertLess(np.max(decoded), 2 * np.max(forward))
+
+    def test_one_row_is_decoded_like_many(self):
+        cfg = tiny_model_config(("local", "global", "full", "nsa"), queries_per_selection=2)
+        model = nnx.merge(abstract_model(cfg)[0], random_params(cfg))
+        hidden = []
+        for num_rows in (1, MIN_ROWS + 1):
+
+            def step(cache, position, num_rows=num_rows):
+                tokens = jnp.full(num_rows, jnp.array(TOKENS)[0, position])
+                state, cache = model.decode(tokens, jnp.full(num_rows, position), cache)
+                return cache, state
+
+            run = functools.partial(jax.lax.scan, step, model.init_cache(num_rows, 40))
+            cache, states = jax.jit(run, compiler_options=QUICK_COMPILE)(jnp.arange(40))
+            hidden.append((cache, states))
+        first = jax.tree.map(lambda x: x[:1], hidden[1][0])
+        chex.assert_trees_all_close(hidden[0][0], first, atol=2e-5)
+        chex.assert_shape(hidden[0][1], (40, 1, cfg.hidden_size))
+        chex.assert_trees_all_close(hidden[0][1][:, 0], hidden[1][1][:, -1], atol=2e-5)

@@ -21,7 +21,6 @@ from pallas_kernels.async_tls_select_tokens import mosaic_gpu as tokens_kernel
 from pallas_kernels.async_tls_select_tokens import reference as tokens_reference
 from pallas_kernels.async_tls_select_tokens.reference import Labels
 from pallas_kernels.double_sparsity import best_of_ranges
-from pallas_kernels.mosaic import decode
 from pallas_kernels.mosaic.largest_columns import KEPT, NEVER, largest_columns
 from pallas_kernels.token_lists import list_best
 
@@ -162,17 +161,6 @@ def test_interpreted_tokens_match_the_definition():
     query = query.astype(jnp.float32)
     wanted = tokens_reference.async_tls_select_tokens(query, *rest)
     chex.assert_trees_all_equal(actual, wanted)
-
-
-@pytest.mark.parametrize("splits", [1, 3])
-def test_merge_is_that_of_dense_decoding(splits):
-    random = np.random.default_rng(4)
-    outputs = jnp.asarray(random.standard_normal((2, 3, splits, 2, 8, 16)), jnp.float32)
-    lse = jnp.asarray(random.standard_normal((2, 3, splits, 64)), jnp.float32)
-    lse = lse.at[0, 1].set(-jnp.inf).at[1, 2, 0].set(-jnp.inf)
-    outputs = jnp.where(lse[:, :, :, None, :8, None] == -jnp.inf, 0, outputs)
-    actual = attention_kernel.merge(outputs, lse, 12)
-    chex.assert_trees_all_close(actual, decode.merge(outputs, lse, 12), atol=1e-6)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

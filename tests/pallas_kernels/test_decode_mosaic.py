@@ -122,7 +122,9 @@ def test_splits_fill_the_device_once_or_balance_many():
     assert num_splits(512, 64, resident) < 4
 
 
-def test_merge_is_attention_to_all_splits():
+@pytest.mark.parametrize("few_splits", [0, decode.FEW_SPLITS])
+def test_merge_is_attention_to_all_splits(few_splits, monkeypatch):
+    monkeypatch.setattr(decode, "FEW_SPLITS", few_splits)
     random = np.random.default_rng(0)
     scores = random.standard_normal((2, 3, 5, 8, 20), np.float32)  # [B, K, splits, G, keys]
     values = random.standard_normal((2, 3, 5, 20, 6), np.float32)
