@@ -14,6 +14,9 @@ from flax import nnx
 from asa_jax.config import ModelConfig
 from asa_jax.sharding import gather_embed, gathered, sharded, tensor_shards
 
+# 8 parts, as XLA splits a sum into, of 8 numbers or more, as it copies at once.
+FEATURES_MULTIPLE = 64
+
 
 def normal_param(
     shape: tuple[int, ...], axes: tuple[str, ...], stddev: float, rngs: nnx.Rngs
@@ -98,13 +101,8 @@ def _broadcast(bias: jax.Array, equation: str) -> jax.Array:
 class JoinedProjections(nnx.Module):
     """Projections of the same vectors as one product, in the place of a small one for each."""
 
-    def __init__(self, projections: Sequence[tuple[Projection, int]]) -> None:
-        """Joins their weights; they may not have biases.
-
-        Args:
-            projections: each with the axis of its weight that is summed.
-        """
-        weights = [jnp.moveaxis(p.weight[...], axis, 0) for p, axis in projections]
+    def __init__(self, weights: Sequence[jax.Array]) -> None:
+        """Joins weights [D, ...] of projections without biases."""
         self.shapes = tuple(weight.shape[1:] for weight in weights)
         joined = [weight.reshape(weight.shape[0], -1) for weight in weights]
         self.weight = nnx.Param(jnp.concatenate(joined, axis=1))
@@ -118,10 +116,10 @@ class JoinedProjections(nnx.Module):
 
 
 def join(*projections: tuple[Projection, int]) -> JoinedProjections | None:
-    """`JoinedProjections`, None where one has a bias."""
+    """Joins projections, each with the axis of its weight that is summed; None with biases."""
     if any(projection.bias is not None for projection, _ in projections):
         return None
-    return JoinedProjections(projections)
+    return JoinedProjections([jnp.moveaxis(p.weight[...], axis, 0) for p, axis in projections])
 
 
 class RMSNorm(nnx.Module):
@@ -158,20 +156,30 @@ class SwiGLU(nnx.Module):
             into[::-1], ("mlp", "embed"), residual_stddev(cfg), bias=bias, rngs=rngs
         )
         self.joined: JoinedProjections | None = nnx.data(None)
+        self.padded_down: nnx.Param | None = nnx.data(None)
 
     def join(self) -> None:
-        """Joins what multiplies the same vectors, for a loop of steps with few of them."""
-        self.joined = join((self.gate, 0), (self.up, 0))
+        """Joins what multiplies the same vectors, for a loop of steps with few of them.
+
+        Features are padded, or XLA would pad the weight of `down` at every step to split its sum.
+        """
+        if self.gate.bias is not None:
+            return
+        gate, up, down = (p.weight[...] for p in (self.gate, self.up, self.down))
+        padding = (0, -down.shape[0] % FEATURES_MULTIPLE)
+        self.joined = JoinedProjections([jnp.pad(w, ((0, 0), padding)) for w in (gate, up)])
+        self.padded_down = nnx.Param(jnp.pad(down, (padding, (0, 0))))
 
     @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D]."""
+        if self.joined is not None and self.padded_down is not None:
+            gate_and_up = jnp.stack(self.joined(x), axis=-2)
+            return _gated(gate_and_up) @ self.padded_down[...].astype(x.dtype)
         return self.down("...F,FD->...D", self._gate_and_up(x), activation=_gated)
 
     def _gate_and_up(self, x: jax.Array) -> jax.Array:
         """x W_gate and x W_up, [..., 2, F]."""
-        if self.joined is not None:
-            return jnp.stack(self.joined(x), axis=-2)
         pair, weight = (self.gate, self.up), self.gate.weight
         if x.size <= weight.size or self.gate.bias is not None:
             return jnp.stack([projection("...D,DF->...F", x) for projection in pair], axis=-2)
