@@ -48,7 +48,7 @@ def _cells(record: dict[str, Any]) -> tuple[str, ...]:
         f"{time / floor:.2f}",
         f"{1e3 * record['batch'] / time:,.0f}",
         name_bytes(accounted),
-        "" if allocated is None else f"{100 * allocated / accounted:.1f}%",
+        f"{100 * allocated / accounted:.1f}%",
     )
 
 

@@ -113,8 +113,8 @@ def prepare_decode(cfg: ModelConfig, shapes: Any, rows: int, context: int) -> Me
         return lambda params: {"needed_bytes": program_bytes(program) if program else needed}
 
     def measure(params: Any) -> dict[str, Any]:
-        state, allocated = _allocate(cfg, rows, context)
-        state = _fill(state)
+        state = _fill(empty_state(cfg=cfg, num_rows=rows, cache_length=context))
+        held = [leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(state.cache)]
         seconds = []
         for _ in range(1 + REPEATS):
             state = _hold(state, context - STEPS)
@@ -127,7 +127,7 @@ def prepare_decode(cfg: ModelConfig, shapes: Any, rows: int, context: int) -> Me
             "weight_bytes": weight_bytes(cfg, params),
             "read_bytes": read_bytes(cfg, rows, context),
             "accounted_bytes": accounted,
-            "allocated_bytes": allocated,
+            "allocated_bytes": sum(held),
         }
 
     return measure
@@ -178,8 +178,7 @@ def prepare_largest(cfg: ModelConfig, shapes: Any, context: int) -> Measure:
         program = _compile_loop(cfg, shapes, rows, context)
 
     def measure(params: Any) -> dict[str, Any]:
-        state, _ = _allocate(cfg, rows, context)
-        state = _hold(state, context - STEPS)
+        state = _hold(empty_state(cfg=cfg, num_rows=rows, cache_length=context), context - STEPS)
         _, drawn = program(params, state, _draws(cfg, rows), np.int32(2))
         jax.block_until_ready(drawn.num_drawn)
         return {"accounted_batch": accounted, "largest_batch": rows}
@@ -229,21 +228,6 @@ def _compile_loop(cfg: ModelConfig, shapes: Any, rows: int, context: int) -> Any
         shapes, state, _draws(cfg, rows), np.int32(STEPS), cfg=cfg, vocab_size=cfg.vocab_size,
         size=STEPS, num_alternatives=0,
     ).compile()  # fmt: skip
-
-
-def _allocate(cfg: ModelConfig, rows: int, context: int) -> tuple[DecodeState, int | None]:
-    """Rows without tokens, and the bytes in use for their caches; None: the device cannot tell."""
-    before = _bytes_in_use()
-    state = empty_state(cfg=cfg, num_rows=rows, cache_length=context)
-    jax.block_until_ready(state)
-    after = _bytes_in_use()
-    if before is None or after is None:
-        return state, None
-    return state, after - before - tree_bytes(state._replace(cache=None))
-
-
-def _bytes_in_use() -> int | None:
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use")
 
 
 def _fill(state: DecodeState) -> DecodeState:

@@ -38,7 +38,7 @@ def test_decoding_is_measured_at_its_context(tiny):
     cfg, shapes, params = tiny
     result = speed.prepare_decode(cfg, shapes, 2, 128)(params)
     assert result["milliseconds"] > 0
-    assert result["accounted_bytes"] == allocated_bytes(cfg, 2, 128)
+    assert result["accounted_bytes"] == allocated_bytes(cfg, 2, 128) == result["allocated_bytes"]
     assert result["read_bytes"] == read_bytes(cfg, 2, 128)
 
 
