@@ -249,7 +249,6 @@ def _bound(module: nnx.Module) -> Callable[..., Any]:
     return functools.partial(_call(kind), params)
 
 
-
 def _programs(layer: Layer, following: Layer | None) -> _Programs:
     """Programs of a layer, and of the one behind it, if there is one."""
     kind, params = _split(layer)
