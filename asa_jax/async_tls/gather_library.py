@@ -18,6 +18,7 @@ START, PLACE = "asa_gather_start", "asa_gather_place"
 _SOURCE = Path(__file__).parent / "native" / "block_gather.cu"
 _COMMON = ("-shared", "-std=c++17")
 _COMPILER_SECONDS = 300
+_DIGEST_BYTES = 32
 
 
 class GatherUnavailableError(UserError):
@@ -39,15 +40,16 @@ def load_library(platform: str, capability: str) -> ctypes.CDLL:
         GatherUnavailableError: there is no compiler, or it or the library fails.
     """
     path = library_path(platform, capability)
-    if not path.is_file():
+    if not is_whole(path):
         build(platform, capability, path)
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:
+        for function in (library.AsaOpen, library.AsaClose, library.AsaPin, library.AsaUnpin):
+            function.restype = ctypes.c_char_p
+        targets = {START: library.AsaStart, PLACE: library.AsaPlace}
+    except (OSError, AttributeError) as error:
         raise GatherUnavailableError(f"{path}: cannot be loaded ({error}); remove it") from None
-    for function in (library.AsaOpen, library.AsaClose, library.AsaPin, library.AsaUnpin):
-        function.restype = ctypes.c_char_p
-    for name, function in ((START, library.AsaStart), (PLACE, library.AsaPlace)):
+    for name, function in targets.items():
         capsule = jax.ffi.pycapsule(function)
         jax.ffi.register_ffi_target(name, capsule, platform="CUDA" if platform == "gpu" else "cpu")
     return library
@@ -63,8 +65,24 @@ def library_path(platform: str, capability: str) -> Path:
     return caches / "asa_jax" / "native" / f"block_gather_{digest.hexdigest()[:24]}.so"
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file is as `build` made it: to load a damaged one can end the process."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return content[-_DIGEST_BYTES:] == _digest(content[:-_DIGEST_BYTES])
+
+
 def build(platform: str, capability: str, path: Path) -> None:
     """Compiles the gather; the file appears when it is whole, so many processes may do so at once.
+
+    Its digest stands behind the library, where loaders do not look.
+
+    Args:
+        platform: as for `load_library`.
+        capability: as for `load_library`.
+        path: that the library gets.
 
     Raises:
         GatherUnavailableError: there is no compiler, it fails, or the file cannot be written.
@@ -80,13 +98,19 @@ def build(platform: str, capability: str, path: Path) -> None:
                 [*command, "-o", str(made)],
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=_COMPILER_SECONDS,
             )
             if done.returncode:
                 raise GatherUnavailableError(f"{command[0]} failed: {_first_error(done.stderr)}")
+            made.write_bytes(made.read_bytes() + _digest(made.read_bytes()))
             made.replace(path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise GatherUnavailableError(f"the gather cannot be built: {error}") from None
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _compiler(platform: str, capability: str) -> list[str]:

@@ -7,10 +7,16 @@ import types
 import jax
 import jaxlib
 import pytest
+from numpy.fft import _pocketfft_umath
 
 from asa_jax.async_tls import gather_library
 from asa_jax.async_tls.ffi_gather import check_ffi_gather, chosen_backend
-from asa_jax.async_tls.gather_library import GatherUnavailableError, build, library_path
+from asa_jax.async_tls.gather_library import (
+    GatherUnavailableError,
+    build,
+    is_whole,
+    library_path,
+)
 
 CPU = jax.devices("cpu")[0]
 HOPPER = types.SimpleNamespace(platform="gpu", compute_capability="9.0", local_hardware_id=0)
@@ -26,7 +32,7 @@ def machine(tmp_path, monkeypatch):
         path.chmod(0o755)
 
     (tmp_path / "bin").mkdir()
-    for name in ("sleep", "sh"):
+    for name in ("sleep", "sh", "cp"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
@@ -74,6 +80,26 @@ def test_a_compiler_that_fails_or_makes_something_else_is_told_in_one_line(machi
     assert str(path) in str(raised.value)
 
 
+def test_a_library_without_the_calls_is_told(machine):
+    machine("g++", f'while [ "$1" != -o ]; do shift; done; cp {_pocketfft_umath.__file__} "$2"')
+    with pytest.raises(GatherUnavailableError, match=r"cannot be loaded .*undefined symbol: Asa"):
+        check_ffi_gather(CPU)
+
+
+@pytest.mark.parametrize("size", [0, 5, 40])
+def test_a_damaged_library_is_built_anew(machine, size):
+    """To load the first part of a library would end the process."""
+    machine("g++", 'while [ "$1" != -o ]; do shift; done; echo "as long as a library" > "$2"')
+    path = library_path("cpu", "")
+    build("cpu", "", path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    assert not is_whole(path)
+    with pytest.raises(GatherUnavailableError, match="cannot be loaded"):
+        check_ffi_gather(CPU)
+    assert is_whole(path) and path.read_bytes() == whole
+
+
 def test_a_cache_that_cannot_be_written_is_told(machine, tmp_path):
     machine("g++", "exit 0")
     (tmp_path / "cache").write_text("no folder")
@@ -93,8 +119,8 @@ def test_who_builds_beside_others_never_shows_half_a_file(machine):
     seen = set()
     while any(builder.is_alive() for builder in builders):
         if path.exists():
-            seen.add(path.read_text())
-    assert seen | {path.read_text()} == {"ab"}
+            seen.add(path.read_bytes()[:-32])
+    assert seen | {path.read_bytes()[:-32]} == {b"ab"} and is_whole(path)
     assert list(path.parent.iterdir()) == [path]
 
 

@@ -68,7 +68,7 @@ ffi::Error Start(Stream stream, ffi::Buffer<ffi::S32> request, ffi::Result<ffi::
   if (status) return ToError(status);
   auto [entry, added] = device->gathers.try_emplace(gather.staging, landed);
   if (!added) {  // of a gather that nobody placed
-    device->side.Forget(entry->second);
+    Side::Forget(entry->second);
     entry->second = landed;
   }
   return ffi::Error::Success();
@@ -78,10 +78,11 @@ ffi::Error Place(Stream stream, ffi::AnyBuffer pool, ffi::AnyBuffer staging,
                  ffi::Buffer<ffi::S32> kept_request, ffi::Buffer<ffi::S32> which,
                  ffi::Buffer<ffi::S32> slots, ffi::Result<ffi::AnyBuffer> out) {
   const int64_t num_staged = static_cast<int64_t>(kept_request.element_count()) - kHeader;
-  const int64_t block_bytes = static_cast<int64_t>(staging.size_bytes()) / num_staged;
+  const int64_t staged_bytes = static_cast<int64_t>(staging.size_bytes());
   const int64_t pool_bytes = static_cast<int64_t>(pool.size_bytes());
-  if (which.element_count() != slots.element_count() || pool_bytes % block_bytes ||
-      pool.untyped_data() != out->untyped_data()) {
+  const int64_t block_bytes = num_staged > 0 ? staged_bytes / num_staged : 0;
+  if (block_bytes < 1 || which.element_count() != slots.element_count() ||
+      pool_bytes % block_bytes || pool.untyped_data() != out->untyped_data()) {
     return ffi::Error::InvalidArgument("a pool is of blocks like the staged ones, in place");
   }
   std::unique_lock<std::mutex> lock(mutex);
@@ -93,11 +94,12 @@ ffi::Error Place(Stream stream, ffi::AnyBuffer pool, ffi::AnyBuffer staging,
   }
   Event landed = entry->second;
   device->gathers.erase(entry);
-  lock.unlock();  // here a thread of the CPU platform may have to wait
-  Status status = device->side.Wait(stream, landed);
-  device->side.Forget(landed);
+  // Here a thread of the CPU platform may have to wait, while the device may be closed.
+  lock.unlock();
+  Status status = Side::Wait(stream, landed);
+  Side::Forget(landed);
   if (status) return ToError(status);
-  return ToError(device->side.Place(
+  return ToError(Side::Place(
       stream, {static_cast<const char*>(staging.untyped_data()), num_staged, which.typed_data(),
                slots.typed_data(), static_cast<int64_t>(which.element_count()),
                static_cast<char*>(out->untyped_data()), pool_bytes / block_bytes, block_bytes}));
@@ -145,7 +147,7 @@ extern "C" Status AsaClose(int number) {
   block_gather::Device* device = block_gather::Find(number);
   if (!device) return block_gather::kClosed;
   if (--device->users) return nullptr;
-  for (auto& [staging, landed] : device->gathers) device->side.Forget(landed);
+  for (auto& [staging, landed] : device->gathers) block_gather::Side::Forget(landed);
   Status status = device->side.Close();
   block_gather::devices.erase(number);
   return status;
@@ -165,7 +167,7 @@ extern "C" int AsaState(int number, const void* staging, Status* status) {
   if (!device) return -1;
   auto entry = device->gathers.find(staging);
   if (entry == device->gathers.end()) return -1;
-  const bool landed = device->side.Landed(entry->second, status);
+  const bool landed = block_gather::Side::Landed(entry->second, status);
   return *status ? 2 : landed;
 }
 

@@ -54,13 +54,13 @@ class Side {
     return nullptr;
   }
 
-  Status Wait(Stream, const Event& flag) {
+  static Status Wait(Stream, const Event& flag) {
     std::unique_lock<std::mutex> lock(flag->mutex);
     flag->changed.wait(lock, [&] { return flag->landed; });
     return nullptr;
   }
 
-  Status Place(Stream, const Placement& place) {
+  static Status Place(Stream, const Placement& place) {
     for (int64_t i = 0; i < place.count; ++i) {
       const int64_t which = place.which[i], slot = place.slots[i];
       if (slot < 0 || slot >= place.num_slots || which < 0 || which >= place.num_staged) continue;
@@ -70,12 +70,12 @@ class Side {
     return nullptr;
   }
 
-  bool Landed(const Event& flag, Status*) {
+  static bool Landed(const Event& flag, Status*) {
     std::lock_guard<std::mutex> lock(flag->mutex);
     return flag->landed;
   }
 
-  void Forget(const Event&) {}
+  static void Forget(const Event&) {}
 
   void Hold(bool held) { gate_.Set(!held); }
 

@@ -90,24 +90,21 @@ class Side {
     RETURN_IF_FAILED(cudaEventRecord(ready_, main));
     RETURN_IF_FAILED(cudaStreamWaitEvent(stream_, ready_, 0));
     if (held_) RETURN_IF_FAILED(cudaLaunchHostFunc(stream_, PassGate, &gate_));
-    const int64_t ctas = std::min(gather.num_ctas, gather.num_blocks);
-    if (gather.block_bytes % sizeof(uint4)) {
-      GatherBlocks<char><<<ctas, kThreads, 0, stream_>>>(gather);
-    } else {
-      GatherBlocks<uint4><<<ctas, kThreads, 0, stream_>>>(gather);
-    }
-    RETURN_IF_FAILED(cudaGetLastError());
+    // Before the gather, so that none is ever under way that nobody can wait for.
     RETURN_IF_FAILED(cudaEventCreateWithFlags(landed, cudaEventDisableTiming));
-    RETURN_IF_FAILED(cudaEventRecord(*landed, stream_));
+    if (cudaError_t error = Launch(gather, *landed)) {
+      Forget(*landed);
+      return Said(error);
+    }
     return nullptr;
   }
 
-  Status Wait(Stream main, Event landed) {
+  static Status Wait(Stream main, Event landed) {
     RETURN_IF_FAILED(cudaStreamWaitEvent(main, landed, 0));
     return nullptr;
   }
 
-  Status Place(Stream main, const Placement& place) {
+  static Status Place(Stream main, const Placement& place) {
     if (place.block_bytes % sizeof(uint4)) {
       PlaceBlocks<char><<<place.count, kThreads, 0, main>>>(place);
     } else {
@@ -117,7 +114,7 @@ class Side {
     return nullptr;
   }
 
-  bool Landed(Event landed, Status* status) {
+  static bool Landed(Event landed, Status* status) {
     const cudaError_t error = cudaEventQuery(landed);
     if (error) {
       const Status said = Said(error);
@@ -126,7 +123,7 @@ class Side {
     return !error;
   }
 
-  void Forget(Event landed) { cudaEventDestroy(landed); }
+  static void Forget(Event landed) { cudaEventDestroy(landed); }
 
   void Hold(bool held) {
     held_ = held;
@@ -134,6 +131,17 @@ class Side {
   }
 
  private:
+  cudaError_t Launch(const Gather& gather, Event landed) {
+    const int64_t ctas = std::min(gather.num_ctas, gather.num_blocks);
+    if (gather.block_bytes % sizeof(uint4)) {
+      GatherBlocks<char><<<ctas, kThreads, 0, stream_>>>(gather);
+    } else {
+      GatherBlocks<uint4><<<ctas, kThreads, 0, stream_>>>(gather);
+    }
+    const cudaError_t error = cudaGetLastError();
+    return error ? error : cudaEventRecord(landed, stream_);
+  }
+
   static void PassGate(void* gate) { static_cast<Gate*>(gate)->Pass(); }
 
   cudaStream_t stream_ = nullptr;
@@ -151,7 +159,10 @@ inline int CurrentDevice() {
 inline Status Pin(void* memory, int64_t bytes, void** address) {
   RETURN_IF_FAILED(
       cudaHostRegister(memory, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped));
-  RETURN_IF_FAILED(cudaHostGetDevicePointer(address, memory, 0));
+  if (cudaError_t error = cudaHostGetDevicePointer(address, memory, 0)) {
+    cudaHostUnregister(memory);
+    return Said(error);
+  }
   return nullptr;
 }
 
