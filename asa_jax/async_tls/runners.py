@@ -135,9 +135,13 @@ class OffloadRunner(_SparseRunner):
         self, state: DecodeState, draws: Draws, num_steps: int, *, size: int, num_alternatives: int
     ) -> tuple[DecodeState, Drawn]:
         """See `Runner.draw`; it waits for each token."""
-        drawn = nothing_drawn(state.lengths.size, size, num_alternatives)
         try:
             with self._devices():
+                # Committed as the pools are, or the first steps compile their programs twice.
+                state, drawn = jax.device_put(
+                    (state, nothing_drawn(state.lengths.size, size, num_alternatives)),
+                    jax.devices()[0],
+                )
                 if state.cache is not None:
                     self._model.load(caches_of(state.cache), np.asarray(state.lengths))
                     state = state._replace(cache=None)
