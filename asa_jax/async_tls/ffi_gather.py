@@ -22,37 +22,21 @@ _place = jax.jit(place, donate_argnums=0)
 class FfiGatherBackend(HostThreadBackend):
     """See `transfers.Backend`; a fetch is a `Gather`, a flush the future of its blocks."""
 
-    def __init__(
-        self,
-        num_rows: int,
-        num_blocks: int,
-        num_slots: int,
-        block_size: int,
-        width: int,
-        dtype: np.dtype,
-        *,
-        num_ctas: int = NUM_CTAS,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *sizes: Any, num_ctas: int = NUM_CTAS, **options: Any) -> None:
         """Allocates the host's cache, pins it, and allocates the pool.
 
         Args:
-            num_rows: key heads of all sequences, B * K.
-            num_blocks: of a row in host memory.
-            num_slots: of a row in the pool.
-            block_size: tokens of a block.
-            width: numbers of a token, key and value.
-            dtype: of keys and values.
+            *sizes: as of `HostThreadBackend`.
             num_ctas: thread blocks of a gather.
-            options: of `HostThreadBackend`.
+            **options: as of `HostThreadBackend`.
 
         Raises:
             GatherUnavailableError: the gather cannot be built here.
             HostMemoryError: the host has no room for the cache, or not so much to pin.
         """
-        super().__init__(num_rows, num_blocks, num_slots, block_size, width, dtype, **options)
+        super().__init__(*sizes, **options)
         self._num_ctas = num_ctas
-        self._block = jax.ShapeDtypeStruct((block_size, width), dtype)
+        self._block = jax.ShapeDtypeStruct(self._pool.shape[2:], self._pool.dtype)
 
     def close(self) -> None:
         """Waits for what is on its way and gives thread, stream and pinned memory back.

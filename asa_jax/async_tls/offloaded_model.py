@@ -191,9 +191,11 @@ class OffloadedModel:
         """Gives up what an earlier text had, but for its figures."""
         self._counters += [engine.counters for engine in self._engines]
         self._reselected += sum(one.reselected for one in self._sparse)
-        for backend in self._backends:
-            backend.close()
+        backends = self._backends
+        # First, because a back end whose transfers stand still raises.
         self._backends, self._engines, self._sparse, self._dense = [], [], [], []
+        for backend in backends:
+            backend.close()
 
 
 def check_memory(

@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from asa_jax.async_tls import runners
+from asa_jax.async_tls.engine import Counters
 from asa_jax.async_tls.generation_options import SparseOptions
 from asa_jax.async_tls.runners import make_runner
 from asa_jax.async_tls.settings import BACKENDS, DEFAULTS, decoding_config, key_shape
+from asa_jax.async_tls.transfers import TransferError
 from asa_jax.config import config_from_dict
 from asa_jax.data.tokenizer import ByteTokenizer
 from asa_jax.decoding.generate import Generator
@@ -108,3 +111,16 @@ def test_text_on_the_host_cannot_be_read_on_and_too_little_memory_is_told(monkey
     state = one.runner.shapes(64)._replace(cache=None)
     with pytest.raises(UserError, match="cannot be read on"):
         one.runner.read(state, np.zeros((1, 64), np.int32), 0, np.array([3]))
+
+
+def test_a_transfer_that_stands_still_does_not_stand_in_the_way_of_the_next_text():
+    class StandsStill:
+        def close(self):
+            raise TransferError("a gather of blocks does not end, its memory stays")
+
+    model = generator("full", "async_tls", **SMALL).runner._model
+    model._backends, model._engines = [StandsStill()], [SimpleNamespace(counters=Counters(hits=3))]
+    with pytest.raises(TransferError, match="does not end"):
+        model.load([], np.ones(1))
+    model.load([], np.ones(1))
+    assert model.figures.counters == Counters(hits=3)
