@@ -44,8 +44,8 @@ class HuggingFaceConfig:
         return self._values.get(name) is not None
 
     def integer(self, name: str, default: Any = _MISSING) -> int:
-        """An int; its default where it is missing or null."""
-        return self._get(name, default, lambda v: type(v) is int, "an int")
+        """An int of 64 bits; its default where it is missing or null."""
+        return self._get(name, default, _is_integer, "an int of at most 64 bits")
 
     def count(self, name: str, default: Any = _MISSING) -> int:
         """An int of things that are gone through one by one."""
@@ -92,6 +92,10 @@ class HuggingFaceConfig:
         if not is_valid(value):
             raise self.error(name, requirement)
         return value
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and _is_number(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -108,6 +108,7 @@ def test_files(tmp_path, monkeypatch, file, content, message):
         ("smollm2", {"hidden_size": None}, "hidden_size = None: must be an int"),
         ("smollm2", {"hidden_size": "32"}, "hidden_size = '32': must be an int"),
         ("smollm2", {"hidden_size": True}, "hidden_size = True: must be an int"),
+        ("smollm2", {"hidden_size": 2**63}, "hidden_size = 9223372036854775808: must be an int of"),
         ("smollm2", {"hidden_size": -32}, "config.model.hidden_size = -32: must be positive"),
         ("smollm2", {"num_attention_heads": 0}, "config.model.num_heads = 0: must be positive"),
         ("smollm2", {"num_hidden_layers": 0}, "layer_kinds = (): must be at least one layer"),
