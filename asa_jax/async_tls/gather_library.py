@@ -15,6 +15,9 @@ import jaxlib
 from asa_jax.errors import UserError
 
 START, PLACE = "asa_gather_start", "asa_gather_place"
+EXCHANGE, JOIN = "asa_pool_exchange", "asa_pool_join"
+_HANDLERS = {START: "AsaStart", PLACE: "AsaPlace", EXCHANGE: "AsaExchange", JOIN: "AsaJoin"}
+_FUNCTIONS = ("AsaOpen", "AsaClose", "AsaPin", "AsaUnpin", "AsaDrain")
 _SOURCE = Path(__file__).parent / "native" / "block_gather.cu"
 _COMMON = ("-shared", "-std=c++17")
 _COMPILER_SECONDS = 300
@@ -27,7 +30,7 @@ class GatherUnavailableError(UserError):
 
 @functools.cache
 def load_library(platform: str, capability: str) -> ctypes.CDLL:
-    """Builds the gather unless it is in the cache, and registers its two calls with XLA.
+    """Builds the gather unless it is in the cache, and registers its calls with XLA.
 
     Args:
         platform: "gpu", or "cpu" for the same protocol with a thread in place of the side stream.
@@ -44,9 +47,9 @@ def load_library(platform: str, capability: str) -> ctypes.CDLL:
         build(platform, capability, path)
     try:
         library = ctypes.CDLL(str(path))
-        for function in (library.AsaOpen, library.AsaClose, library.AsaPin, library.AsaUnpin):
-            function.restype = ctypes.c_char_p
-        targets = {START: library.AsaStart, PLACE: library.AsaPlace}
+        for name in _FUNCTIONS:
+            getattr(library, name).restype = ctypes.c_char_p
+        targets = {name: getattr(library, handler) for name, handler in _HANDLERS.items()}
     except (OSError, AttributeError) as error:
         raise GatherUnavailableError(f"{path}: cannot be loaded ({error}); remove it") from None
     for name, function in targets.items():

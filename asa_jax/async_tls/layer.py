@@ -52,7 +52,7 @@ class OffloadedLayer:
         sizes: dict[str, Any] = {"cfg": cfg, "implementation": implementation}
         self._advance = functools.partial(_advance, ahead=int(lagged), **sizes)
         self._select = functools.partial(_select, **sizes)
-        self._attend = functools.partial(_attend, scale=scale, value_dim=value_dim, **sizes)
+        self._attend = functools.partial(attend_places, scale=scale, value_dim=value_dim, **sizes)
 
     @property
     def device_bytes(self) -> int:
@@ -67,24 +67,11 @@ class OffloadedLayer:
             value: [B, S, K, h], or None with value_dim.
             lengths: int [B], tokens of the prompts.
         """
-        batch, length, num_kv_heads, head_dim = key.shape
-        empty = init_index(
-            batch, length, num_kv_heads, head_dim, num_channels=self._channels.shape[1],
-            block_size=self._cfg.block_size, dtype=key.dtype,
-        )  # fmt: skip
-        self._index = self._indexed(empty, key, lengths)
-        self._engine.load(np.asarray(_by_head(key, value)), lengths)
+        self._index = index_prompt(key, self._channels, lengths, self._cfg.block_size)
+        self._engine.load(np.asarray(by_head(key, value)), lengths)
         self._lag: Lag | None = None
         # The blocks of the lag on the host, once they were asked for.
         self._listed: np.ndarray | None = None
-
-    def _indexed(self, index: Index, key: jax.Array, lengths: np.ndarray) -> Index:
-        """An index with a prompt, part by part: what is made on the way is several times a part."""
-        for begin in range(0, key.shape[1], PART_TOKENS):
-            part = key[:, begin : begin + PART_TOKENS]
-            counts = np.clip(lengths - begin, 0, part.shape[1]).astype(np.int32)
-            index = _append(index, part, self._channels, counts)
-        return index
 
     def step(self, query: jax.Array, key: jax.Array, value: Any) -> jax.Array:
         """Appends a token to every row and attends.
@@ -153,6 +140,27 @@ class OffloadedLayer:
 _append = jax.jit(append, donate_argnums=0)
 
 
+def index_prompt(
+    key: jax.Array, channels: jax.Array, lengths: np.ndarray, block_size: int
+) -> Index:
+    """The index of prompts, made part by part: what is made on the way is several times a part.
+
+    Args:
+        key: [B, S, K, H], S a multiple of the block size.
+        channels: int32 [K, r].
+        lengths: int [B], tokens of the prompts.
+        block_size: tokens of a block.
+    """
+    index = init_index(
+        *key.shape, num_channels=channels.shape[1], block_size=block_size, dtype=key.dtype
+    )
+    for begin in range(0, key.shape[1], PART_TOKENS):
+        part = key[:, begin : begin + PART_TOKENS]
+        counts = np.clip(lengths - begin, 0, part.shape[1]).astype(np.int32)
+        index = _append(index, part, channels, counts)
+    return index
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "implementation"))
 def _select(
     query: jax.Array, index: Index, *, cfg: AsyncTLSConfig, implementation: Implementation | None
@@ -179,23 +187,24 @@ def _advance(
     `ahead`: at how many tokens more the blocks are to be read.
     """
     index = append(index, key[:, None], channels)
-    tokens = _tokens(key, value)
+    tokens = joined(key, value)
     blocks = select_blocks(query, index, index.lengths + ahead, cfg, implementation)
     return index, tokens.reshape(-1, tokens.shape[-1]), blocks
 
 
 @jax.jit
-def _by_head(key: jax.Array, value: Any) -> jax.Array:
+def by_head(key: jax.Array, value: Any) -> jax.Array:
     """Tokens of a prompt, head by head: [B, K, S, width]."""
-    return _tokens(key, value).swapaxes(1, 2)
+    return joined(key, value).swapaxes(1, 2)
 
 
-def _tokens(key: Any, value: Any) -> Any:
+def joined(key: Any, value: Any) -> Any:
+    """Key and value of tokens side by side, or the key alone."""
     return key if value is None else jnp.concatenate([key, value], axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "value_dim", "cfg", "implementation"))
-def _attend(
+def attend_places(
     query: jax.Array,
     index: Index,
     channels: jax.Array,

@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 
 from asa_jax.async_tls.engine import Counters, Engine, slots_for
-from asa_jax.async_tls.ffi_gather import FfiGatherBackend, chosen_backend
 from asa_jax.async_tls.host_memory import check_host_memory, system_available_bytes
 from asa_jax.async_tls.host_thread import HostThreadBackend
 from asa_jax.async_tls.layer import OffloadedLayer
@@ -70,22 +69,27 @@ class OffloadedModel:
     """
 
     def __init__(
-        self, cfg: ModelConfig, params: Any, settings: DecodingConfig, channels: np.ndarray
+        self,
+        cfg: ModelConfig,
+        params: Any,
+        settings: DecodingConfig,
+        channels: np.ndarray,
+        backend: str,
+        backend_line: str,
     ) -> None:
         """Prepares; allocates nothing.
 
         Args:
             cfg: the architecture, layers in a list.
             params: nested dict of its parameters.
-            settings: sizes, dense layers and back end.
+            settings: sizes and dense layers.
             channels: int32 [layers, K, r].
-
-        Raises:
-            GatherUnavailableError: the back end does not work on this machine.
+            backend: 'host_thread' or 'simulated'.
+            backend_line: as the attribute.
         """
         self._cfg, self._settings = cfg, settings
         self._device = jax.devices()[0]
-        self._backend, self.backend_line = chosen_backend(settings.backend, self._device)
+        self._backend, self.backend_line = backend, backend_line
         model = build_model(cfg, params)
         self._embed, self._final_norm = map(_bound, (model.embedding, model.final_norm))
         layers = layers_of(model)
@@ -181,11 +185,10 @@ class OffloadedModel:
         self, num_rows: int, num_blocks: int, dtype: Any
     ) -> HostThreadBackend | SimulatedBackend:
         sizes = self._settings.sizes
-        shape = num_rows, num_blocks, slots_for(sizes), sizes.block_size, _width(self._shape)
+        shape = num_rows, num_blocks, slots_for(sizes), sizes.block_size, token_width(self._shape)
         if self._backend == "simulated":
             return SimulatedBackend(*shape, dtype)
-        kind = FfiGatherBackend if self._backend == "ffi_gather" else HostThreadBackend
-        return kind(*shape, dtype, device=self._device, num_threads=_THREADS_A_LAYER)
+        return HostThreadBackend(*shape, dtype, device=self._device, num_threads=_THREADS_A_LAYER)
 
     def _end(self) -> None:
         """Gives up what an earlier text had, but for its figures."""
@@ -203,11 +206,11 @@ def check_memory(
 ) -> None:
     """Raises a HostMemoryError unless the caches of all sparse layers fit the host together."""
     shape, layers = key_shape(cfg), cfg.num_layers - settings.num_dense_layers
-    numbers = layers * num_rows * cache_length * shape.num_kv_heads * _width(shape)
+    numbers = layers * num_rows * cache_length * shape.num_kv_heads * token_width(shape)
     check_host_memory(numbers * jnp.dtype(cfg.compute_dtype).itemsize, system_available_bytes())
 
 
-def _width(shape: KeyShape) -> int:
+def token_width(shape: KeyShape) -> int:
     """Numbers of a token of a key head: key and value, or the key alone."""
     return shape.head_dim if shape.value_dim is not None else 2 * shape.head_dim
 

@@ -178,6 +178,10 @@ class PinnedBlocks:
             raise TransferError((message.value or b"").decode())
         return state == _LANDED
 
+    def drain(self) -> None:
+        """Waits until nothing that was started on the device is on its way, whoever started it."""
+        self._library.AsaDrain(self._device)
+
     def close(self, patience_seconds: float = 60) -> None:
         """Waits for what is on its way, then ends the gather and frees the memory for others.
 

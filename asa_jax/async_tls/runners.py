@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from asa_jax.async_tls.calibration import fingerprint_of, load_channels
+from asa_jax.async_tls.device_model import make_model, transfer_errors
 from asa_jax.async_tls.generation_options import ASYNC_TLS, SparseOptions
 from asa_jax.async_tls.memory_decoding import MemoryDecoder, SparseDecode, start, stop
 from asa_jax.async_tls.model_layers import build_model, caches_of
-from asa_jax.async_tls.offloaded_model import EngineFigures, OffloadedModel, check_memory
+from asa_jax.async_tls.offloaded_model import EngineFigures, check_memory
 from asa_jax.async_tls.settings import DecodingConfig, key_shape
 from asa_jax.async_tls.transfers import TransferError
 from asa_jax.config import ModelConfig
@@ -106,7 +107,7 @@ class OffloadRunner(_SparseRunner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As `_SparseRunner`."""
         super().__init__(*args, **kwargs)
-        self._model = OffloadedModel(self.cfg, self.params, self._settings, self._channels)
+        self._model = make_model(self.cfg, self.params, self._settings, self._channels)
 
     @property
     def backend_line(self) -> str:
@@ -134,9 +135,9 @@ class OffloadRunner(_SparseRunner):
     def draw(
         self, state: DecodeState, draws: Draws, num_steps: int, *, size: int, num_alternatives: int
     ) -> tuple[DecodeState, Drawn]:
-        """See `Runner.draw`; it waits for each token."""
+        """See `Runner.draw`; it waits for the token before each."""
         try:
-            with self._devices():
+            with self._devices(), transfer_errors():
                 # Committed as the pools are, or the first steps compile their programs twice.
                 state, drawn = jax.device_put(
                     (state, nothing_drawn(state.lengths.size, size, num_alternatives)),
@@ -145,10 +146,14 @@ class OffloadRunner(_SparseRunner):
                 if state.cache is not None:
                     self._model.load(caches_of(state.cache), np.asarray(state.lengths))
                     state = state._replace(cache=None)
+                # Of the token before the last, so that the device has the last to go on with.
+                ended = state.ended
                 for _ in range(num_steps):
-                    if np.asarray(state.ended).all():
+                    if np.asarray(ended).all():
                         break
+                    ended = state.ended
                     state, drawn = self._step(state, drawn, draws)
+                jax.block_until_ready(state)
         except TransferError as error:
             raise UserError(f"async_tls: {error}") from None
         return state, drawn

@@ -12,43 +12,15 @@
 // blocks to gather; what is not a number of a block is left out.
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <mutex>
 
-#ifdef __CUDACC__
-#include "side_cuda.h"
-#else
-#include "side_cpu.h"
-#endif
+#include "devices.h"
+#include "pool_exchange.h"
 #include "transfer.h"
 #include "xla/ffi/api/ffi.h"
 
-namespace ffi = xla::ffi;
-
 namespace block_gather {
-
-struct Device {
-  Side side;
-  int users = 0;
-  // By the address of the buffer that they fill.
-  std::map<const void*, Event> gathers;
-};
-
-constexpr char kClosed[] = "the gather of this device is closed";
-
-// Never destroyed: a thread of XLA may still be in here when the process ends.
-std::mutex& mutex = *new std::mutex;
-std::map<int, std::unique_ptr<Device>>& devices = *new std::map<int, std::unique_ptr<Device>>;
-
-Device* Find(int number) {
-  auto found = devices.find(number);
-  return found == devices.end() ? nullptr : found->second.get();
-}
-
-ffi::Error ToError(Status status) {
-  return status ? ffi::Error::Internal(status) : ffi::Error::Success();
-}
 
 ffi::Error Start(Stream stream, ffi::Buffer<ffi::S32> request, ffi::Result<ffi::AnyBuffer> staging,
                  ffi::Result<ffi::Buffer<ffi::S32>> kept_request, int64_t num_ctas) {

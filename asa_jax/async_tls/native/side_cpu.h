@@ -47,11 +47,27 @@ class Side {
     Enqueue([this, gather, flag = *landed] {
       gate_.Pass();
       Copy(gather);
-      std::lock_guard<std::mutex> lock(flag->mutex);
-      flag->landed = true;
-      flag->changed.notify_all();
+      Raise(*flag);
     });
     return nullptr;
+  }
+
+  Status Start(Stream, const int32_t* request, const Exchange& exchange, Event* landed) {
+    std::copy_n(request, kHeader + exchange.num_slots, const_cast<int32_t*>(exchange.request));
+    *landed = std::make_shared<Flag>();
+    Enqueue([this, exchange, flag = *landed] {
+      gate_.Pass();
+      Copy(exchange);
+      Raise(*flag);
+    });
+    return nullptr;
+  }
+
+  // Waits for all that was started.
+  Status Drain() {
+    Event all = std::make_shared<Flag>();
+    Enqueue([all] { Raise(*all); });
+    return Wait({}, all);
   }
 
   static Status Wait(Stream, const Event& flag) {
@@ -80,10 +96,31 @@ class Side {
   void Hold(bool held) { gate_.Set(!held); }
 
  private:
+  static void Raise(Flag& flag) {
+    std::lock_guard<std::mutex> lock(flag.mutex);
+    flag.landed = true;
+    flag.changed.notify_all();
+  }
+
+  static char* Host(const int32_t* request) {
+    const uint64_t low = static_cast<uint32_t>(request[0]);
+    const uint64_t high = static_cast<uint32_t>(request[1]);
+    return reinterpret_cast<char*>(high << 32 | low);
+  }
+
+  static void Copy(const Exchange& exchange) {
+    char* host = Host(exchange.request);
+    for (int64_t i = 0; i < exchange.num_slots; ++i) {
+      const Move move(exchange.request[kHeader + i]);
+      if (move.block < 0 || move.block >= exchange.request[2]) continue;
+      char* slot = exchange.pool + i * exchange.block_bytes;
+      char* block = host + move.block * exchange.block_bytes;
+      std::memcpy(move.to_host ? block : slot, move.to_host ? slot : block, exchange.block_bytes);
+    }
+  }
+
   static void Copy(const Gather& gather) {
-    const uint64_t low = static_cast<uint32_t>(gather.request[0]);
-    const uint64_t high = static_cast<uint32_t>(gather.request[1]);
-    const char* host = reinterpret_cast<const char*>(high << 32 | low);
+    const char* host = Host(gather.request);
     for (int64_t i = 0; i < gather.num_blocks; ++i) {
       const int64_t block = gather.request[kHeader + i];
       if (block < 0 || block >= gather.request[2]) continue;

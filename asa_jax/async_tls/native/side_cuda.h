@@ -58,6 +58,35 @@ __global__ void __launch_bounds__(kThreads) GatherBlocks(Gather gather) {
   }
 }
 
+// Most slots are asked nothing of, so the threads of a block look at many of them at a time.
+template <typename Vector>
+__global__ void __launch_bounds__(kThreads) ExchangeBlocks(Exchange exchange) {
+  __shared__ int count;
+  __shared__ int64_t found[kThreads];
+  const uint64_t low = static_cast<uint32_t>(exchange.request[0]);
+  const uint64_t high = static_cast<uint32_t>(exchange.request[1]);
+  char* host = reinterpret_cast<char*>(high << 32 | low);
+  const int64_t ctas = gridDim.x;
+  for (int64_t first = 0; first < exchange.num_slots; first += kThreads * ctas) {
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    const int64_t mine = first + threadIdx.x * ctas + blockIdx.x;
+    if (mine < exchange.num_slots) {
+      const int64_t block = Move(exchange.request[kHeader + mine]).block;
+      if (block >= 0 && block < exchange.request[2]) found[atomicAdd(&count, 1)] = mine;
+    }
+    __syncthreads();
+    for (int i = 0; i < count; ++i) {
+      const Move move(exchange.request[kHeader + found[i]]);
+      char* slot = exchange.pool + found[i] * exchange.block_bytes;
+      char* block = host + move.block * exchange.block_bytes;
+      CopyBlock<Vector>(move.to_host ? slot : block, move.to_host ? block : slot,
+                        exchange.block_bytes);
+    }
+    __syncthreads();
+  }
+}
+
 template <typename Vector>
 __global__ void __launch_bounds__(kThreads) PlaceBlocks(Placement place) {
   const int64_t which = place.which[blockIdx.x], slot = place.slots[blockIdx.x];
@@ -99,6 +128,27 @@ class Side {
     return nullptr;
   }
 
+  Status Start(Stream main, const int32_t* request, const Exchange& exchange, Event* landed) {
+    const size_t bytes = (kHeader + exchange.num_slots) * sizeof(int32_t);
+    RETURN_IF_FAILED(cudaMemcpyAsync(const_cast<int32_t*>(exchange.request), request, bytes,
+                                     cudaMemcpyDeviceToDevice, main));
+    RETURN_IF_FAILED(cudaEventRecord(ready_, main));
+    RETURN_IF_FAILED(cudaStreamWaitEvent(stream_, ready_, 0));
+    if (held_) RETURN_IF_FAILED(cudaLaunchHostFunc(stream_, PassGate, &gate_));
+    RETURN_IF_FAILED(cudaEventCreateWithFlags(landed, cudaEventDisableTiming));
+    if (cudaError_t error = Launch(exchange, *landed)) {
+      Forget(*landed);
+      return Said(error);
+    }
+    return nullptr;
+  }
+
+  // Waits for all that was started.
+  Status Drain() {
+    RETURN_IF_FAILED(cudaStreamSynchronize(stream_));
+    return nullptr;
+  }
+
   static Status Wait(Stream main, Event landed) {
     RETURN_IF_FAILED(cudaStreamWaitEvent(main, landed, 0));
     return nullptr;
@@ -137,6 +187,16 @@ class Side {
       GatherBlocks<char><<<ctas, kThreads, 0, stream_>>>(gather);
     } else {
       GatherBlocks<uint4><<<ctas, kThreads, 0, stream_>>>(gather);
+    }
+    const cudaError_t error = cudaGetLastError();
+    return error ? error : cudaEventRecord(landed, stream_);
+  }
+
+  cudaError_t Launch(const Exchange& exchange, Event landed) {
+    if (exchange.block_bytes % sizeof(uint4)) {
+      ExchangeBlocks<char><<<exchange.num_ctas, kThreads, 0, stream_>>>(exchange);
+    } else {
+      ExchangeBlocks<uint4><<<exchange.num_ctas, kThreads, 0, stream_>>>(exchange);
     }
     const cudaError_t error = cudaGetLastError();
     return error ? error : cudaEventRecord(landed, stream_);

@@ -1,0 +1,98 @@
+// Moves blocks between a pool and the host in place, beside what XLA's stream does.
+//
+// `exchange` lets a side stream wait for what XLA's stream was told so far, enqueues the moves there and
+// returns; `join` lets XLA's stream wait for them. Between the two nobody may write a slot that is
+// moved, nor read one that is filled. Pools are told apart by their addresses, so that a copy that a
+// compiler made of one is refused. The request is copied to a mailbox, which as the pool is given from call
+// to call and stays where it is: XLA gives other memory away while it is read. Exchanges follow one another: what one brings to the host, the next can
+// bring back.
+//
+// A request is int32 [3 + slots]: the address of the host's blocks in two halves, their number, then a
+// `Move` for each slot of the pool; blocks that the host has not are left out.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+
+#include "devices.h"
+#include "transfer.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace block_gather {
+
+inline ffi::Error StartExchange(Stream stream, ffi::AnyBuffer pool, ffi::Buffer<ffi::S32> mailbox,
+                                ffi::Buffer<ffi::S32> request, ffi::Result<ffi::AnyBuffer> out,
+                                ffi::Result<ffi::Buffer<ffi::S32>> kept, int64_t num_ctas) {
+  const int64_t num_slots = static_cast<int64_t>(request.element_count()) - kHeader;
+  const int64_t pool_bytes = static_cast<int64_t>(pool.size_bytes());
+  if (num_slots < 1 || pool_bytes % num_slots || pool.untyped_data() != out->untyped_data() ||
+      mailbox.untyped_data() != kept->untyped_data() ||
+      mailbox.element_count() != request.element_count()) {
+    return ffi::Error::InvalidArgument("an exchange is for all slots of a pool, in place");
+  }
+  std::lock_guard<std::mutex> lock(mutex);
+  Device* device = Find(CurrentDevice());
+  if (!device) return ffi::Error::Internal(kClosed);
+  const Exchange exchange{kept->typed_data(), num_slots, static_cast<char*>(out->untyped_data()),
+                          pool_bytes / num_slots, num_ctas};
+  Event landed;
+  if (Status status = device->side.Start(stream, request.typed_data(), exchange, &landed)) {
+    return ToError(status);
+  }
+  auto [entry, added] = device->gathers.try_emplace(exchange.pool, landed);
+  if (!added) {  // of an exchange that nobody joined
+    Side::Forget(entry->second);
+    entry->second = landed;
+  }
+  return ffi::Error::Success();
+}
+
+inline ffi::Error Join(Stream stream, ffi::AnyBuffer pool, ffi::Buffer<ffi::S32> mailbox,
+                       ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::S32>> kept) {
+  if (pool.untyped_data() != out->untyped_data() ||
+      mailbox.untyped_data() != kept->untyped_data()) {
+    return ffi::Error::InvalidArgument("an exchange is joined in place");
+  }
+  std::unique_lock<std::mutex> lock(mutex);
+  Device* device = Find(CurrentDevice());
+  if (!device) return ffi::Error::Internal(kClosed);
+  auto entry = device->gathers.find(pool.untyped_data());
+  if (entry == device->gathers.end()) {
+    return ffi::Error::Internal("no exchange was started with this pool");
+  }
+  Event landed = entry->second;
+  device->gathers.erase(entry);
+  lock.unlock();  // here a thread of the CPU platform may have to wait
+  Status status = Side::Wait(stream, landed);
+  Side::Forget(landed);
+  return ToError(status);
+}
+
+}  // namespace block_gather
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AsaExchange, block_gather::StartExchange,
+                              ffi::Ffi::Bind()
+                                  .Ctx<block_gather::Context>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Attr<int64_t>("num_ctas"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AsaJoin, block_gather::Join,
+                              ffi::Ffi::Bind()
+                                  .Ctx<block_gather::Context>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
+
+// Waits until nothing is on its way.
+extern "C" block_gather::Status AsaDrain(int number) {
+  std::unique_lock<std::mutex> lock(block_gather::mutex);
+  block_gather::Device* device = block_gather::Find(number);
+  if (!device) return block_gather::kClosed;
+  lock.unlock();  // the caller keeps the device open
+  return device->side.Drain();
+}

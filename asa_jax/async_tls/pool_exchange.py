@@ -1,0 +1,68 @@
+"""Moves between a pool on the device and pinned blocks of the host, in place, within a program.
+
+What is computed between `exchange` and `join` runs beside the moves. Exchanges of a device follow
+one another, so that what one brings to the host the next can bring back.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from asa_jax.async_tls.gather_library import EXCHANGE, JOIN
+from asa_jax.async_tls.pinned_blocks import NUM_CTAS
+
+# Numbers of moves: nothing for a slot, and the first of those for what goes to the host.
+NOTHING, TO_HOST = -1, -2
+_HEADER = 3
+
+
+class Pool(NamedTuple):
+    """Slots, and where the side stream finds what it is to move; handed on, never copied.
+
+    Attributes:
+        blocks: [rows, slots of a row, ...].
+        mailbox: int32 [3 + rows * slots of a row], the last request.
+    """
+
+    blocks: jax.Array
+    mailbox: jax.Array
+
+
+def init_pool(blocks: jax.Array) -> Pool:
+    """A pool of these blocks, of which none is moved."""
+    rows, num_slots = blocks.shape[:2]
+    return Pool(blocks, jnp.zeros(_HEADER + rows * num_slots, jnp.int32))
+
+
+def exchange(pool: Pool, source: jax.Array, moves: jax.Array, num_ctas: int = NUM_CTAS) -> Pool:
+    """Starts moves on the side stream and does not wait for them.
+
+    Args:
+        pool: changed in place where it is donated; its last exchange was joined.
+        source: int32 [3], of `PinnedBlocks.source`.
+        moves: int32 [rows, slots of a row]: block n of the host, numbered row after row, that the
+            slot is to hold; TO_HOST - n where block n is to hold what the slot does; or NOTHING.
+        num_ctas: thread blocks of the moves.
+
+    Returns:
+        The pool. Before `join` no slot that is filled may be read, and none that is moved written.
+    """
+    request = jnp.concatenate([source, moves.reshape(-1)])
+    call = jax.ffi.ffi_call(
+        EXCHANGE, _like(pool), has_side_effect=True, input_output_aliases={0: 0, 1: 1}
+    )
+    return Pool(*call(*pool, request, num_ctas=np.int64(num_ctas)))
+
+
+def join(pool: Pool) -> Pool:
+    """Lets the device wait until the moves of a pool's last `exchange` are done."""
+    call = jax.ffi.ffi_call(
+        JOIN, _like(pool), has_side_effect=True, input_output_aliases={0: 0, 1: 1}
+    )
+    return Pool(*call(*pool))
+
+
+def _like(pool: Pool) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pool)
