@@ -26,7 +26,8 @@ from asa_jax.async_tls.benchmark_models import (
     random_caches,
     random_params,
 )
-from asa_jax.async_tls.benchmark_transfers import MeasuredModel
+from asa_jax.async_tls.benchmark_transfers import MeasuredDeviceModel, MeasuredModel
+from asa_jax.async_tls.device_model import make_model
 from asa_jax.async_tls.engine import slots_for
 from asa_jax.async_tls.host_memory import system_available_bytes
 from asa_jax.async_tls.index import init_index
@@ -124,19 +125,14 @@ def _time_full(
     state = jnp.zeros(batch, jnp.int32), _first_position(arguments, batch), _grouped(cfg, caches)
     del caches
 
-    def steps(number: int) -> None:
+    def step() -> jax.Array:
         nonlocal state
-        for _ in range(number):
-            state = _full_step(params, *state, cfg=cfg)
-        jax.block_until_ready(state)
+        state = _full_step(params, *state, cfg=cfg)
+        return state[0]
 
-    steps(2)
-    seconds = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        steps(arguments.num_steps // 3)
-        seconds.append((time.perf_counter() - begin) / (arguments.num_steps // 3))
-    return {"milliseconds": 1e3 * statistics.median(seconds), "device_bytes": of_rows}
+    _seconds_a_step(step, 3)
+    seconds = _seconds_a_step(step, arguments.num_steps)
+    return {"milliseconds": 1e3 * seconds, "device_bytes": of_rows}
 
 
 def _grouped(cfg: ModelConfig, caches: list[Any]) -> Any:
@@ -167,31 +163,30 @@ def _time_async_tls(
     position, x = _first_position(arguments, batch), first_inputs(cfg, batch)
     unembedding, number = build_model(cfg, params).unembedding(), 0
 
-    def step() -> None:
+    def step() -> jax.Array:
         nonlocal x, number
         number += 1
         x = next_inputs(x, number, cosine=arguments.cosine)
         hidden = model.step_embedded(x, position + number - 1)
-        _most_likely(unembedding, hidden).block_until_ready()
+        return _most_likely(unembedding, hidden)
 
-    _seconds_of_steps(step, WARM_STEPS)
-    before, model.fetched = model.figures, []
-    seconds = _seconds_of_steps(step, arguments.num_steps)
-    figures, fetched = model.figures, model.fetched
-    model.copies = False
-    without = _seconds_of_steps(step, arguments.num_steps)
-    alone = model.seconds_alone(fetched) / arguments.num_steps
-    spent, base = statistics.median(seconds), statistics.median(without)
+    _seconds_a_step(step, WARM_STEPS)
+    before = model.figures
+    spent = _seconds_a_step(step, arguments.num_steps)
+    figures = model.figures
+    transfers = model.transfers_of(step, arguments.num_steps)
+    model.leave_transfers_out()
+    base = _seconds_a_step(step, arguments.num_steps)
+    alone = model.seconds_alone(transfers) / arguments.num_steps
     counters = {
         name: value - getattr(before.counters, name)
         for name, value in dataclasses.asdict(figures.counters).items()
     }
     record = {
         "milliseconds": 1e3 * spent,
-        "mean_milliseconds": 1e3 * statistics.mean(seconds),
         "milliseconds_without_transfers": 1e3 * base,
         "milliseconds_of_transfers_alone": 1e3 * alone,
-        "hidden_share": 1 - (spent - base) / alone if fetched else None,
+        "hidden_share": 1 - (spent - base) / alone if transfers else None,
         "device_bytes": model.device_bytes,
         "backend": model.backend_line,
         "tokens": figures.tokens - before.tokens,
@@ -201,18 +196,19 @@ def _time_async_tls(
     return record
 
 
-def _seconds_of_steps(step: Callable[[], None], number: int) -> list[float]:
+def _seconds_a_step(step: Callable[[], jax.Array], number: int) -> float:
+    """Median over three parts of the steps, each queued behind the one before it."""
     seconds = []
-    for _ in range(number):
+    for _ in range(3):
         begin = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - begin)
-    return seconds
+        jax.block_until_ready([step() for _ in range(number // 3)])
+        seconds.append((time.perf_counter() - begin) / (number // 3))
+    return statistics.median(seconds)
 
 
 def _loaded(
     cfg: ModelConfig, params: Any, settings: DecodingConfig, arguments: Arguments, batch: int
-) -> MeasuredModel:
+) -> MeasuredDeviceModel | MeasuredModel:
     """A model whose caches are full but for the steps to come."""
     shape = key_shape(cfg)
     # Which channels, does not matter: those of random keys are alike.
@@ -220,14 +216,15 @@ def _loaded(
     channels = np.broadcast_to(
         spread.astype(np.int32), (cfg.num_layers, shape.num_kv_heads, spread.size)
     )
-    model = MeasuredModel(cfg, params, settings, channels)
+    model = make_model(cfg, params, settings, channels, MeasuredDeviceModel, MeasuredModel)
+    assert isinstance(model, MeasuredDeviceModel | MeasuredModel)
     lengths = np.asarray(_first_position(arguments, batch))
     model.load(random_caches(cfg, batch, arguments.context), lengths)
     return model
 
 
 def _first_position(arguments: Arguments, batch: int) -> jax.Array:
-    steps = WARM_STEPS + 2 * arguments.num_steps
+    steps = WARM_STEPS + 3 * arguments.num_steps
     return jnp.full(batch, arguments.context - steps, jnp.int32)
 
 

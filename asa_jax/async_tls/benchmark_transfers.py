@@ -1,12 +1,17 @@
 """A model whose transfers can be left out, and be timed alone, for `benchmark`."""
 
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from asa_jax.async_tls.device_model import DeviceModel
 from asa_jax.async_tls.offloaded_model import OffloadedModel
+from asa_jax.async_tls.pool_exchange import REQUEST_HEADER, Pool, exchange, join
 from asa_jax.async_tls.transfers import Backend
 
 # A transfer that was left out.
@@ -58,6 +63,17 @@ class MeasuredModel(OffloadedModel):
         self.copies = True
         self.fetched: list[tuple[Backend, np.ndarray, np.ndarray]] = []
 
+    def leave_transfers_out(self) -> None:
+        """From now on no block comes from the host."""
+        self.copies = False
+
+    def transfers_of(self, step: Callable[[], Any], number: int) -> list[Any]:
+        """Takes steps, and gives what they asked for."""
+        self.fetched = []
+        for _ in range(number):
+            step()
+        return self.fetched
+
     def seconds_alone(self, fetched: list[tuple[Backend, np.ndarray, np.ndarray]]) -> float:
         """Seconds that transfers take which were asked for once, with nothing beside them.
 
@@ -80,6 +96,52 @@ class MeasuredModel(OffloadedModel):
 
     def _new_backend(self, *args: Any) -> Any:
         return SwitchedBackend(super()._new_backend(*args), self)
+
+
+class MeasuredDeviceModel(DeviceModel):
+    """A `DeviceModel` whose exchanges can move nothing."""
+
+    def leave_transfers_out(self) -> None:
+        """From now on slots hold whatever stands there: the host has no block to give."""
+        texts = self._texts
+        texts.sparse = [one._replace(source=one.source.at[2].set(0)) for one in texts.sparse]
+
+    def transfers_of(self, step: Callable[[], Any], number: int) -> list[Any]:
+        """Takes steps, and gives the requests of all layers at each."""
+        requests = []
+        for _ in range(number):
+            step()
+            # Copies: the mailboxes themselves are given away in the next step.
+            requests.append([np.array(one.pool.mailbox) for one in self._texts.sparse])
+        return requests
+
+    def seconds_alone(self, requests: list[Any]) -> float:
+        """Seconds that transfers take which were asked for once, with nothing beside them."""
+        requests = jax.device_put(requests)
+        pools = [one.pool for one in self._texts.sparse]
+        seconds = 0.0
+        for _ in range(2):  # the first time it is compiled
+            jax.block_until_ready(pools)
+            for host in self._texts.hosts:
+                host.drain()
+            begin = time.perf_counter()
+            for of_step in requests:
+                pools = _move(pools, of_step)
+            jax.block_until_ready(pools)
+            seconds = time.perf_counter() - begin
+        self._texts.sparse = [
+            one._replace(pool=pool) for one, pool in zip(self._texts.sparse, pools, strict=True)
+        ]
+        return seconds
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _move(pools: list[Pool], requests: list[jax.Array]) -> list[Pool]:
+    under_way = []
+    for pool, request in zip(pools, requests, strict=True):
+        source, moves = jnp.split(request, [REQUEST_HEADER])
+        under_way.append(exchange(pool, source, moves))
+    return [join(pool) for pool in under_way]
 
 
 def _wait(backend: Backend, transfer: Any) -> None:

@@ -15,17 +15,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from asa_jax.async_tls.device_slots import NO_BLOCK, DeviceSlots, ask, slots_of
+from asa_jax.async_tls.device_slots import NO_BLOCK, DeviceSlots, ask, init_slots, slots_of
 from asa_jax.async_tls.index import Index, append
 from asa_jax.async_tls.layer import attend_places, joined
-from asa_jax.async_tls.pool_exchange import NOTHING, TO_HOST, Pool, exchange, join
+from asa_jax.async_tls.pool_exchange import NOTHING, TO_HOST, Pool, exchange, init_pool, join
 from asa_jax.async_tls.selection import Lag, drifted, select_blocks
 from asa_jax.async_tls.settings import NEVER, AsyncTLSConfig
 from pallas_kernels.dispatch import Implementation
 
 
 class DeviceCounters(NamedTuple):
-    """Sums of a layer, int32; blocks, but for `reselected`, which are key heads."""
+    """What a layer did, int32, to be summed: so that no step has to.
+
+    Attributes:
+        hits: [B * K, L], blocks of lists that had slots.
+        misses: [B * K, L], those that had none.
+        to_device: [B * K, slots], blocks that were brought to a slot.
+        to_host: [B * K, slots], blocks that were brought to the host.
+        reselected: [B, K], that the drift guard gave the blocks of their own query.
+    """
 
     hits: Any
     misses: Any
@@ -38,7 +46,7 @@ class DeviceLayer(NamedTuple):
     """State of one layer.
 
     Attributes:
-        index: of its keys.
+        key_index: of its keys.
         channels: int32 [K, r].
         pool: of B * K rows and blocks [block_size, width]; in the lagged form on its way.
         slots: what it holds, or is about to.
@@ -47,7 +55,7 @@ class DeviceLayer(NamedTuple):
         counters: of what was asked for.
     """
 
-    index: Index
+    key_index: Index
     channels: jax.Array
     pool: Pool
     slots: DeviceSlots
@@ -75,6 +83,27 @@ class DeviceLayerConfig:
     implementation: Implementation | None
 
 
+def init_layer(
+    index: Index, channels: jax.Array, pool: jax.Array, tails: jax.Array, source: jax.Array
+) -> DeviceLayer:
+    """A layer behind prompts.
+
+    Args:
+        index: of the prompts.
+        channels: int32 [K, r].
+        pool: [B * K, slots, block_size, width], whose first slots hold the last blocks of prompts.
+        tails: int32 [B * K], which these are.
+        source: int32 [3], the host's blocks, which hold the prompts.
+    """
+    rows, num_slots = pool.shape[:2]
+    lists, slots, heads = (rows, num_slots // 2), (rows, num_slots), index.bounds.shape[:2]
+    counters = [jnp.zeros(shape, jnp.int32) for shape in (lists, lists, slots, slots, heads)]
+    return DeviceLayer(
+        index, channels, init_pool(pool), init_slots(tails, num_slots), source, None,
+        DeviceCounters(*counters),
+    )  # fmt: skip
+
+
 def step(
     state: DeviceLayer, query: jax.Array, key: jax.Array, value: Any, *, cfg: DeviceLayerConfig
 ) -> tuple[jax.Array, DeviceLayer]:
@@ -90,7 +119,7 @@ def step(
     Returns:
         [B, N, h], and the state.
     """
-    state = state._replace(index=append(state.index, key[:, None], state.channels))
+    state = state._replace(key_index=append(state.key_index, key[:, None], state.channels))
     pending: Any = joined(key, value).reshape(len(state.pool.blocks), -1)
     if state.lag is not None:
         state = state._replace(pool=join(state.pool))
@@ -105,7 +134,7 @@ def step(
         state = _bring(state, following, 1, pending)._replace(lag=Lag(following, query))
     places = slots_of(state.slots, _by_row(blocks)).reshape(blocks.shape)
     mixed = attend_places(
-        query, state.index, state.channels, blocks, places, state.pool.blocks,
+        query, state.key_index, state.channels, blocks, places, state.pool.blocks,
         scale=cfg.scale, value_dim=cfg.value_dim, cfg=cfg.sizes,
         implementation=cfg.implementation,
     )  # fmt: skip
@@ -114,8 +143,8 @@ def step(
 
 def _choose(state: DeviceLayer, query: jax.Array, ahead: int, cfg: DeviceLayerConfig) -> jax.Array:
     """The blocks [B, K, L] of level 1, to be read at so many tokens more."""
-    lengths = state.index.lengths + ahead
-    return select_blocks(query, state.index, lengths, cfg.sizes, cfg.implementation)
+    lengths = state.key_index.lengths + ahead
+    return select_blocks(query, state.key_index, lengths, cfg.sizes, cfg.implementation)
 
 
 def _blocks_of_this_query(
@@ -127,7 +156,7 @@ def _blocks_of_this_query(
         return state, fresh, fresh
     turned = drifted(query, state.lag.query, fresh.shape[1], cfg.sizes.drift_cosine)
     counters = state.counters
-    counters = counters._replace(reselected=counters.reselected + turned.sum())
+    counters = counters._replace(reselected=counters.reselected + turned)
     blocks = jnp.where(turned[..., None], fresh, state.lag.blocks)
     asked = jnp.where(turned[..., None], fresh, NO_BLOCK)
     return state._replace(counters=counters), blocks, asked
@@ -141,8 +170,8 @@ def _bring(
     `token` [B * K, width] is the one that the index was last given, unless it is in the pool.
     """
     rows, block_size = jnp.arange(len(state.pool.blocks)), state.pool.blocks.shape[2]
-    num_blocks = state.index.bounds.shape[2]
-    lengths = jnp.repeat(state.index.lengths, len(rows) // len(blocks))
+    num_blocks = state.key_index.bounds.shape[2]
+    lengths = jnp.repeat(state.key_index.lengths, len(rows) // len(blocks))
     tails = (lengths - 1) // block_size
     slots, incoming, found = ask(state.slots, _by_row(blocks), 2 * lengths + ahead)
     first = num_blocks * rows[:, None]
@@ -159,10 +188,10 @@ def _bring(
     travelling = _by_row(blocks) > 0
     travelling &= _by_row(blocks) < ((lengths + ahead - 1) // block_size - 1)[:, None]
     counted = travelling & found, travelling & ~found, fetched, stored
-    sums = [old + new.sum() for old, new in zip(state.counters, counted, strict=False)]
+    counters = [old + new for old, new in zip(state.counters[:-1], counted, strict=True)]
     return state._replace(
         pool=exchange(pool, state.source, moves), slots=slots,
-        counters=DeviceCounters(*sums, state.counters.reselected),
+        counters=DeviceCounters(*counters, state.counters.reselected),
     )  # fmt: skip
 
 

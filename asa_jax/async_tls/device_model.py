@@ -15,8 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asa_jax.async_tls.device_layer import DeviceCounters, DeviceLayer, DeviceLayerConfig, step
-from asa_jax.async_tls.device_slots import init_slots
+from asa_jax.async_tls.device_layer import (
+    DeviceCounters,
+    DeviceLayer,
+    DeviceLayerConfig,
+    init_layer,
+    step,
+)
 from asa_jax.async_tls.engine import Counters, slots_for
 from asa_jax.async_tls.ffi_gather import chosen_backend
 from asa_jax.async_tls.layer import by_head, index_prompt
@@ -29,7 +34,6 @@ from asa_jax.async_tls.model_layers import (
 )
 from asa_jax.async_tls.offloaded_model import EngineFigures, OffloadedModel, token_width
 from asa_jax.async_tls.pinned_blocks import PinnedBlocks
-from asa_jax.async_tls.pool_exchange import init_pool
 from asa_jax.async_tls.settings import DecodingConfig, key_shape
 from asa_jax.async_tls.transfers import TransferError
 from asa_jax.config import ModelConfig
@@ -92,7 +96,7 @@ class DeviceModel:
 
     @property
     def figures(self) -> EngineFigures:
-        """What was done for all texts; waits for it."""
+        """What was done for all texts; waits for it. How often the device waited, nobody counts."""
         sums = DeviceCounters(*map(int, self._past + self._counted()))
         width, dtype = token_width(key_shape(self._cfg)), jnp.dtype(self._cfg.compute_dtype)
         block_bytes = self._settings.sizes.block_size * width * dtype.itemsize
@@ -105,7 +109,7 @@ class DeviceModel:
     @property
     def device_bytes(self) -> int:
         """Bytes on the device of what grows with texts: indexes, pools and dense caches."""
-        arrays = self._texts.dense, [(layer.index, layer.pool) for layer in self._texts.sparse]
+        arrays = self._texts.dense, [(layer.key_index, layer.pool) for layer in self._texts.sparse]
         return sum(array.nbytes for array in jax.tree.leaves(arrays))
 
     def load(self, caches: Iterable[Any], lengths: np.ndarray) -> None:
@@ -151,7 +155,10 @@ class DeviceModel:
 
     def _counted(self) -> np.ndarray:
         with transfer_errors():
-            sums = [np.asarray(layer.counters, np.int64) for layer in self._texts.sparse]
+            sums = [
+                [np.asarray(x).sum(dtype=np.int64) for x in layer.counters]
+                for layer in self._texts.sparse
+            ]
         return np.sum(sums, axis=0, dtype=np.int64) if sums else np.zeros_like(self._past)
 
     def _loaded(
@@ -168,29 +175,29 @@ class DeviceModel:
         num_heads, num_slots = key.shape[2], slots_for(sizes)
         tails = jnp.repeat(jnp.asarray((lengths - 1) // sizes.block_size, jnp.int32), num_heads)
         pool = jnp.zeros((rows, num_slots, *blocks.shape[2:]), blocks.dtype)
-        return DeviceLayer(
-            index=index_prompt(key, device_channels, lengths, sizes.block_size),
-            channels=device_channels,
-            pool=init_pool(pool.at[:, 0].set(blocks[jnp.arange(rows), tails])),
-            slots=init_slots(tails, num_slots),
-            source=jnp.asarray(host.source()),
-            lag=None,
-            counters=DeviceCounters(*(jnp.int32(0) for _ in DeviceCounters._fields)),
-        )
+        return init_layer(
+            index_prompt(key, device_channels, lengths, sizes.block_size), device_channels,
+            pool.at[:, 0].set(blocks[jnp.arange(rows), tails]), tails, jnp.asarray(host.source()),
+        )  # fmt: skip
 
 
 def make_model(
-    cfg: ModelConfig, params: Any, settings: DecodingConfig, channels: np.ndarray
+    cfg: ModelConfig,
+    params: Any,
+    settings: DecodingConfig,
+    channels: np.ndarray,
+    on_device: type[DeviceModel] = DeviceModel,
+    on_host: type[OffloadedModel] = OffloadedModel,
 ) -> DeviceModel | OffloadedModel:
-    """The model of the back end that was asked for, or that works; arguments as theirs.
+    """A model of the back end that was asked for, or that works; arguments as its own.
 
     Raises:
         GatherUnavailableError: the back end does not work on this machine.
     """
     backend, line = chosen_backend(settings.backend, jax.devices()[0])
     if backend == "ffi_gather":
-        return DeviceModel(cfg, params, settings, channels, line)
-    return OffloadedModel(cfg, params, settings, channels, backend, line)
+        return on_device(cfg, params, settings, channels, line)
+    return on_host(cfg, params, settings, channels, backend, line)
 
 
 @contextlib.contextmanager
@@ -228,8 +235,8 @@ def _step(
         x, dense[number] = layers[number].decode(x, position, cache)
     for number, state in enumerate(sparse):
         layer = layers[len(dense) + number]
-        new = project(layer, x[:, None], position[:, None])
-        new = [None if array is None else array[:, 0] for array in new]
-        mixed, sparse[number] = step(state, *new, cfg=layer_cfg)
+        projected = project(layer, x[:, None], position[:, None])
+        query, key, value = jax.tree.map(lambda array: array[:, 0], projected)
+        mixed, sparse[number] = step(state, query, key, value, cfg=layer_cfg)
         x = finish(layer, x[:, None], mixed[:, None])[:, 0]
     return model.final_norm(x), dense, sparse

@@ -15,7 +15,8 @@ from asa_jax.async_tls.pinned_blocks import NUM_CTAS
 
 # Numbers of moves: nothing for a slot, and the first of those for what goes to the host.
 NOTHING, TO_HOST = -1, -2
-_HEADER = 3
+# Numbers of a request in front of its moves: `PinnedBlocks.source`.
+REQUEST_HEADER = 3
 
 
 class Pool(NamedTuple):
@@ -33,7 +34,7 @@ class Pool(NamedTuple):
 def init_pool(blocks: jax.Array) -> Pool:
     """A pool of these blocks, of which none is moved."""
     rows, num_slots = blocks.shape[:2]
-    return Pool(blocks, jnp.zeros(_HEADER + rows * num_slots, jnp.int32))
+    return Pool(blocks, jnp.zeros(REQUEST_HEADER + rows * num_slots, jnp.int32))
 
 
 def exchange(pool: Pool, source: jax.Array, moves: jax.Array, num_ctas: int = NUM_CTAS) -> Pool:
