@@ -51,17 +51,13 @@ def exchange(pool: Pool, source: jax.Array, moves: jax.Array, num_ctas: int = NU
         The pool. Before `join` no slot that is filled may be read, and none that is moved written.
     """
     request = jnp.concatenate([source, moves.reshape(-1)])
-    call = jax.ffi.ffi_call(
-        EXCHANGE, _like(pool), has_side_effect=True, input_output_aliases={0: 0, 1: 1}
-    )
+    call = jax.ffi.ffi_call(EXCHANGE, _like(pool), input_output_aliases={0: 0, 1: 1})
     return Pool(*call(*pool, request, num_ctas=np.int64(num_ctas)))
 
 
 def join(pool: Pool) -> Pool:
     """Lets the device wait until the moves of a pool's last `exchange` are done."""
-    call = jax.ffi.ffi_call(
-        JOIN, _like(pool), has_side_effect=True, input_output_aliases={0: 0, 1: 1}
-    )
+    call = jax.ffi.ffi_call(JOIN, _like(pool), input_output_aliases={0: 0, 1: 1})
     return Pool(*call(*pool))
 
 

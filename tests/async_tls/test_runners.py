@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from asa_jax.async_tls import runners
+from asa_jax.async_tls import device_model, runners
 from asa_jax.async_tls.engine import Counters
 from asa_jax.async_tls.generation_options import SparseOptions
 from asa_jax.async_tls.runners import make_runner
@@ -73,10 +73,11 @@ def test_budgets_that_cover_the_text_give_full_attention(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lagged", [True, False])
 @pytest.mark.parametrize("kind", ["full", "mla"])
-def test_lagged_by_every_back_end(kind):
+def test_both_forms_by_every_back_end(kind, lagged):
     every = [b for b in BACKENDS[1:] if b != "ffi_gather" or can_gather()]
-    made = [generator(kind, "async_tls", **SMALL, backend=b) for b in every]
+    made = [generator(kind, "async_tls", **SMALL, backend=b, lagged=lagged) for b in every]
     texts = [drawn(one) for one in made]
     for text in texts[1:]:
         np.testing.assert_array_equal(texts[0], text)
@@ -111,6 +112,27 @@ def test_text_on_the_host_cannot_be_read_on_and_too_little_memory_is_told(monkey
     state = one.runner.shapes(64)._replace(cache=None)
     with pytest.raises(UserError, match="cannot be read on"):
         one.runner.read(state, np.zeros((1, 64), np.int32), 0, np.array([3]))
+
+
+def test_an_exchange_that_fails_is_told_and_the_next_text_is_decoded(monkeypatch):
+    if not can_gather():
+        pytest.skip("needs a compiler")
+
+    class Closed(device_model.PinnedBlocks):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self._library.AsaClose(self._device)
+
+    one = generator("full", "async_tls", **SMALL, backend="ffi_gather")
+    monkeypatch.setattr(device_model, "PinnedBlocks", Closed)
+    with pytest.raises(UserError, match=r"async_tls: .*exchange of blocks: .* is closed"):
+        drawn(one)
+    monkeypatch.undo()
+    host = generator("full", "async_tls", **SMALL, backend="simulated")
+    np.testing.assert_array_equal(drawn(one), drawn(host))
+    figures, wanted = one.runner.figures.counters, host.runner.figures.counters
+    assert figures.to_host_bytes == wanted.to_host_bytes > 0
+    assert figures.hits > 0 and figures.misses > 0
 
 
 def test_a_transfer_that_stands_still_does_not_stand_in_the_way_of_the_next_text():

@@ -13,12 +13,18 @@
 
 #include <cstdint>
 #include <mutex>
+#include <string>
 
 #include "devices.h"
 #include "transfer.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace block_gather {
+
+// By the first words the caller knows what failed.
+inline ffi::Error ExchangeError(const char* reason) {
+  return ffi::Error::Internal(std::string("exchange of blocks: ") + reason);
+}
 
 inline ffi::Error StartExchange(Stream stream, ffi::AnyBuffer pool, ffi::Buffer<ffi::S32> mailbox,
                                 ffi::Buffer<ffi::S32> request, ffi::Result<ffi::AnyBuffer> out,
@@ -28,16 +34,16 @@ inline ffi::Error StartExchange(Stream stream, ffi::AnyBuffer pool, ffi::Buffer<
   if (num_slots < 1 || pool_bytes % num_slots || pool.untyped_data() != out->untyped_data() ||
       mailbox.untyped_data() != kept->untyped_data() ||
       mailbox.element_count() != request.element_count()) {
-    return ffi::Error::InvalidArgument("an exchange is for all slots of a pool, in place");
+    return ExchangeError("it is for all slots of a pool, in place");
   }
   std::lock_guard<std::mutex> lock(mutex);
   Device* device = Find(CurrentDevice());
-  if (!device) return ffi::Error::Internal(kClosed);
+  if (!device) return ExchangeError(kClosed);
   const Exchange exchange{kept->typed_data(), num_slots, static_cast<char*>(out->untyped_data()),
                           pool_bytes / num_slots, num_ctas};
   Event landed;
   if (Status status = device->side.Start(stream, request.typed_data(), exchange, &landed)) {
-    return ToError(status);
+    return ExchangeError(status);
   }
   auto [entry, added] = device->gathers.try_emplace(exchange.pool, landed);
   if (!added) {  // of an exchange that nobody joined
@@ -51,21 +57,21 @@ inline ffi::Error Join(Stream stream, ffi::AnyBuffer pool, ffi::Buffer<ffi::S32>
                        ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::S32>> kept) {
   if (pool.untyped_data() != out->untyped_data() ||
       mailbox.untyped_data() != kept->untyped_data()) {
-    return ffi::Error::InvalidArgument("an exchange is joined in place");
+    return ExchangeError("it is joined in place");
   }
   std::unique_lock<std::mutex> lock(mutex);
   Device* device = Find(CurrentDevice());
-  if (!device) return ffi::Error::Internal(kClosed);
+  if (!device) return ExchangeError(kClosed);
   auto entry = device->gathers.find(pool.untyped_data());
   if (entry == device->gathers.end()) {
-    return ffi::Error::Internal("no exchange was started with this pool");
+    return ExchangeError("none was started with this pool");
   }
   Event landed = entry->second;
   device->gathers.erase(entry);
   lock.unlock();  // here a thread of the CPU platform may have to wait
   Status status = Side::Wait(stream, landed);
   Side::Forget(landed);
-  return ToError(status);
+  return status ? ExchangeError(status) : ffi::Error::Success();
 }
 
 }  // namespace block_gather
