@@ -7,7 +7,8 @@ the most that fit. Prints a table and writes it to DIR as `async_tls_decoding_MO
 
 Caches are full of normal keys and values; queries drift by `--cosine`, as `benchmark_models`
 describes, and not as those of a text do: hit rates and bytes are those of that drift. Steps are
-queued one behind another, as in generate.py; times are medians of three parts.
+queued one behind another, as in generate.py; times are medians of three parts. Stalls are transfers
+that the host waited for; with back end B3 only the device waits, which nobody counts.
 
 The share of transfers that is hidden is 1 - (step - step without them) / transfers alone: without
 them, all of a step is done but to bring blocks and to place them; alone, the same blocks are

@@ -121,8 +121,6 @@ def step(
     """
     state = state._replace(key_index=append(state.key_index, key[:, None], state.channels))
     pending: Any = joined(key, value).reshape(len(state.pool.blocks), -1)
-    if state.lag is not None:
-        state = state._replace(pool=join(state.pool))
     if state.lag is None or cfg.sizes.drift_cosine > NEVER:
         state, blocks, asked = _blocks_of_this_query(state, query, cfg)
         state = _bring(state, asked, 0, pending)
@@ -167,7 +165,8 @@ def _bring(
 ) -> DeviceLayer:
     """Asks for blocks [B, K, L], to be read at so many tokens more, and starts their transfer.
 
-    `token` [B * K, width] is the one that the index was last given, unless it is in the pool.
+    `token` [B * K, width] is the one that the index was last given, unless it is in the pool; so it
+    is given in the first exchange of a step, before which that of the lag is under way.
     """
     rows, block_size = jnp.arange(len(state.pool.blocks)), state.pool.blocks.shape[2]
     num_blocks = state.key_index.bounds.shape[2]
@@ -190,8 +189,11 @@ def _bring(
     counted = travelling & found, travelling & ~found, fetched, stored
     counters = [old + new for old, new in zip(state.counters[:-1], counted, strict=True)]
     return state._replace(
-        pool=exchange(pool, state.source, moves), slots=slots,
-        counters=DeviceCounters(*counters, state.counters.reselected),
+        pool=exchange(
+            pool, state.source, moves, under_way=token is not None and state.lag is not None
+        ),
+        slots=slots,
+        counters=DeviceCounters._make([*counters, state.counters.reselected]),
     )  # fmt: skip
 
 

@@ -55,9 +55,9 @@ class EngineFigures:
             f"async_tls: {self.tokens} tokens, {counters.hits / max(1, asked):.1%} of {asked} "
             f"blocks were on the device; {counters.to_device_bytes / tokens / 2**20:.3f} MiB a "
             f"token to it, {counters.to_host_bytes / tokens / 2**20:.3f} from it; "
-            f"{counters.stalled_transfers} transfers waited for, {counters.late} blocks late, "
-            f"{counters.overflow} put off, {counters.unused} unused; {self.reselected} key heads "
-            "selected anew"
+            f"{counters.stalled_transfers} transfers that the host waited for, {counters.late} "
+            f"blocks late, {counters.overflow} put off, {counters.unused} unused; "
+            f"{self.reselected} key heads selected anew"
         )
 
 

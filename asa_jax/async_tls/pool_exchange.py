@@ -37,14 +37,22 @@ def init_pool(blocks: jax.Array) -> Pool:
     return Pool(blocks, jnp.zeros(REQUEST_HEADER + rows * num_slots, jnp.int32))
 
 
-def exchange(pool: Pool, source: jax.Array, moves: jax.Array, num_ctas: int = NUM_CTAS) -> Pool:
+def exchange(
+    pool: Pool,
+    source: jax.Array,
+    moves: jax.Array,
+    *,
+    under_way: bool = False,
+    num_ctas: int = NUM_CTAS,
+) -> Pool:
     """Starts moves on the side stream and does not wait for them.
 
     Args:
-        pool: changed in place where it is donated; its last exchange was joined.
+        pool: changed in place where it is donated.
         source: int32 [3], of `PinnedBlocks.source`.
         moves: int32 [rows, slots of a row]: block n of the host, numbered row after row, that the
             slot is to hold; TO_HOST - n where block n is to hold what the slot does; or NOTHING.
+        under_way: whether the pool's last exchange was not joined; it is now, before all else.
         num_ctas: thread blocks of the moves.
 
     Returns:
@@ -52,7 +60,7 @@ def exchange(pool: Pool, source: jax.Array, moves: jax.Array, num_ctas: int = NU
     """
     request = jnp.concatenate([source, moves.reshape(-1)])
     call = jax.ffi.ffi_call(EXCHANGE, _like(pool), input_output_aliases={0: 0, 1: 1})
-    return Pool(*call(*pool, request, num_ctas=np.int64(num_ctas)))
+    return Pool(*call(*pool, request, under_way=under_way, num_ctas=np.int64(num_ctas)))
 
 
 def join(pool: Pool) -> Pool:

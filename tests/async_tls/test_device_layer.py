@@ -57,6 +57,12 @@ def by_block(sample, value_dim):
     return tokens.swapaxes(1, 2).reshape(ROWS, BLOCKS, BLOCK, -1)
 
 
+@functools.cache
+def program(form):
+    step = functools.partial(device_layer.step, cfg=form)
+    return jax.jit(step, donate_argnums=0, compiler_options=QUICK_COMPILE)
+
+
 class OnDevice:
     """A layer, its pinned memory and its program."""
 
@@ -73,9 +79,7 @@ class OnDevice:
             pool.at[:, 0].set(blocks[np.arange(ROWS), tails]), tails,
             jnp.asarray(self.pinned.source()),
         )  # fmt: skip
-        form = DeviceLayerConfig(cfg, lagged, SCALE, value_dim, None)
-        step = functools.partial(device_layer.step, cfg=form)
-        self._step = jax.jit(step, donate_argnums=0, compiler_options=QUICK_COMPILE)
+        self._step = program(DeviceLayerConfig(cfg, lagged, SCALE, value_dim, None))
 
     def step(self, *token):
         output, self.state = self._step(self.state, *token)

@@ -1,11 +1,11 @@
 // Moves blocks between a pool and the host in place, beside what XLA's stream does.
 //
 // `exchange` lets a side stream wait for what XLA's stream was told so far, enqueues the moves there and
-// returns; `join` lets XLA's stream wait for them. Between the two nobody may write a slot that is
-// moved, nor read one that is filled. Pools are told apart by their addresses, so that a copy that a
-// compiler made of one is refused. The request is copied to a mailbox, which as the pool is given from call
-// to call and stays where it is: XLA gives other memory away while it is read. Exchanges follow one another: what one brings to the host, the next can
-// bring back.
+// returns; `join`, or the next exchange of the pool, lets XLA's stream wait for them. Between the two
+// nobody may write a slot that is moved, nor read one that is filled. Exchanges follow one another: what
+// one brings to the host, the next can bring back. Pools are told apart by their addresses, so that a copy
+// that a compiler made of one is refused. The request is copied to a mailbox that stays where it is, as the
+// pool does: XLA gives other memory away while it is still read.
 //
 // A request is int32 [3 + slots]: the address of the host's blocks in two halves, their number, then a
 // `Move` for each slot of the pool; blocks that the host has not are left out.
@@ -26,15 +26,34 @@ inline ffi::Error ExchangeError(const char* reason) {
   return ffi::Error::Internal(std::string("exchange of blocks: ") + reason);
 }
 
+// Lets a stream wait for the exchange of a pool that was started last.
+inline ffi::Error Finish(Stream stream, const void* pool) {
+  std::unique_lock<std::mutex> lock(mutex);
+  Device* device = Find(CurrentDevice());
+  if (!device) return ExchangeError(kClosed);
+  auto entry = device->gathers.find(pool);
+  if (entry == device->gathers.end()) return ExchangeError("none was started with this pool");
+  Event landed = entry->second;
+  device->gathers.erase(entry);
+  lock.unlock();  // here a thread of the CPU platform may have to wait
+  Status status = Side::Wait(stream, landed);
+  Side::Forget(landed);
+  return status ? ExchangeError(status) : ffi::Error::Success();
+}
+
 inline ffi::Error StartExchange(Stream stream, ffi::AnyBuffer pool, ffi::Buffer<ffi::S32> mailbox,
                                 ffi::Buffer<ffi::S32> request, ffi::Result<ffi::AnyBuffer> out,
-                                ffi::Result<ffi::Buffer<ffi::S32>> kept, int64_t num_ctas) {
+                                ffi::Result<ffi::Buffer<ffi::S32>> kept, bool under_way,
+                                int64_t num_ctas) {
   const int64_t num_slots = static_cast<int64_t>(request.element_count()) - kHeader;
   const int64_t pool_bytes = static_cast<int64_t>(pool.size_bytes());
   if (num_slots < 1 || pool_bytes % num_slots || pool.untyped_data() != out->untyped_data() ||
       mailbox.untyped_data() != kept->untyped_data() ||
       mailbox.element_count() != request.element_count()) {
     return ExchangeError("it is for all slots of a pool, in place");
+  }
+  if (under_way) {
+    if (ffi::Error error = Finish(stream, pool.untyped_data()); error.failure()) return error;
   }
   std::lock_guard<std::mutex> lock(mutex);
   Device* device = Find(CurrentDevice());
@@ -59,19 +78,7 @@ inline ffi::Error Join(Stream stream, ffi::AnyBuffer pool, ffi::Buffer<ffi::S32>
       mailbox.untyped_data() != kept->untyped_data()) {
     return ExchangeError("it is joined in place");
   }
-  std::unique_lock<std::mutex> lock(mutex);
-  Device* device = Find(CurrentDevice());
-  if (!device) return ExchangeError(kClosed);
-  auto entry = device->gathers.find(pool.untyped_data());
-  if (entry == device->gathers.end()) {
-    return ExchangeError("none was started with this pool");
-  }
-  Event landed = entry->second;
-  device->gathers.erase(entry);
-  lock.unlock();  // here a thread of the CPU platform may have to wait
-  Status status = Side::Wait(stream, landed);
-  Side::Forget(landed);
-  return status ? ExchangeError(status) : ffi::Error::Success();
+  return Finish(stream, pool.untyped_data());
 }
 
 }  // namespace block_gather
@@ -84,6 +91,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AsaExchange, block_gather::StartExchange,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Attr<bool>("under_way")
                                   .Attr<int64_t>("num_ctas"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AsaJoin, block_gather::Join,
