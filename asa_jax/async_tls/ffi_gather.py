@@ -12,6 +12,7 @@ import numpy as np
 from asa_jax.async_tls.gather_library import GatherUnavailableError
 from asa_jax.async_tls.host_thread import HostThreadBackend, pad, padded_size
 from asa_jax.async_tls.pinned_blocks import NUM_CTAS, Gather, PinnedBlocks, place, start
+from asa_jax.async_tls.pool_exchange import exchange_works
 from asa_jax.async_tls.transfers import TransferError
 from asa_jax.errors import UserError
 
@@ -97,6 +98,7 @@ def check_ffi_gather(device: jax.Device) -> None:
             same = np.array_equal(np.asarray(backend.pool), backend.host[:, ::-1])
         finally:
             backend.close()
+        same = same and exchange_works(device)
     except GatherUnavailableError:
         raise
     except (UserError, RuntimeError) as error:

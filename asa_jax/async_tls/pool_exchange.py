@@ -4,6 +4,7 @@ What is computed between `exchange` and `join` runs beside the moves. Exchanges 
 one another, so that what one brings to the host the next can bring back.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from asa_jax.async_tls.gather_library import EXCHANGE, JOIN
-from asa_jax.async_tls.pinned_blocks import NUM_CTAS
+from asa_jax.async_tls.pinned_blocks import NUM_CTAS, PinnedBlocks
 
 # Numbers of moves: nothing for a slot, and the first of those for what goes to the host.
 NOTHING, TO_HOST = -1, -2
@@ -67,6 +68,31 @@ def join(pool: Pool) -> Pool:
     """Lets the device wait until the moves of a pool's last `exchange` are done."""
     call = jax.ffi.ffi_call(JOIN, _like(pool), input_output_aliases={0: 0, 1: 1})
     return Pool(*call(*pool))
+
+
+def exchange_works(device: jax.Device) -> bool:
+    """Whether a few blocks come from the host, and one goes there, as they are.
+
+    Raises:
+        GatherUnavailableError: the library cannot be built.
+        HostMemoryError: the host has not the memory, or not so much to pin.
+    """
+    pinned = PinnedBlocks((1, 8, 64, 256), np.dtype(np.float32), device)
+    try:
+        pinned.host[:, :7] = np.random.default_rng(0).normal(size=(1, 7, 64, 256))
+        with jax.default_device(device):
+            moves = np.array([[6, 5, 4, 3, 2, 1, 0, TO_HOST - 7]], np.int32)
+            pool = _there_and_back(init_pool(jnp.ones(pinned.host.shape)), pinned.source(), moves)
+        came = np.array_equal(np.asarray(pool.blocks)[:, :7], pinned.host[:, 6::-1])
+        return came and bool((pinned.host[:, 7] == 1).all())
+    finally:
+        pinned.drain()
+        pinned.close()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _there_and_back(pool: Pool, source: jax.Array, moves: jax.Array) -> Pool:
+    return join(exchange(pool, source, moves))
 
 
 def _like(pool: Pool) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -137,7 +137,7 @@ def test_a_hopper_gpu_selects_and_attends_by_kernels(value_dim, monkeypatch):
     sizes = {"cfg": cfg, "implementation": None}
     advance = layer._advance.trace(query, key, value, index, of_labels, ahead=1, **sizes)
     pool = shape(2 * heads, slots_for(cfg), 64, width)
-    attend = layer._attend.trace(
+    attend = layer.attend_places.trace(
         query, index, of_labels, lists, lists, pool, scale=SCALE, value_dim=value_dim, **sizes
     )
     for traced, kernels in ((advance, 2), (attend, 4)):
