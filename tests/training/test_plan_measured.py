@@ -5,15 +5,15 @@ Several models and ways to run them: memory within 10%, rate within 20%, collect
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 
 from asa_jax.config import config_from_dict
-from asa_jax.flags import PROJECT
 from asa_jax.training.plan import make_plan
 from tests.training.plan_steps import by_axis
 
-STEPS = json.loads((PROJECT / "docs/results/plan_steps.json").read_text())["steps"]
+STEPS = json.loads(Path(__file__).with_name("plan_steps.json").read_text())["steps"]
 
 
 def name(step):
