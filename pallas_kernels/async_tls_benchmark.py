@@ -25,10 +25,11 @@ from pallas_kernels.measurement import (
     Measurement,
     can_run,
     check_numbers,
+    choose_names,
     describe_setting,
     markdown_table,
     measure_in_turn,
-    write_report,
+    report,
 )
 
 HEADER = (
@@ -196,9 +197,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="directory for the table, JSON and chart")
     parser.add_argument("--timeout_seconds", type=float, default=300, help="of a method")
     options = parser.parse_args(arguments)
-    options.methods = options.methods.split(",")
-    if unknown := set(options.methods) - set(METHODS):
-        parser.error(f"--methods: unknown {sorted(unknown)}, expected some of {list(METHODS)}")
+    choose_names(parser, options, "methods", METHODS)
     optional = ("short_contexts",) if options.short_contexts else ()
     check_numbers(parser, options, "batches", "contexts", *optional)
     options.cases = [case for case in ASYNC_TLS_CASES if options.cases in case.name]
@@ -220,12 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{case.token_budget} tokens and those of 3 blocks; median device time, cold L2 cache"
     )
     records = [record for record in records if "device" not in record]
-    text = markdown(records, about)
-    print(text, end="")
-    if options.output:
-        write_report(options.output / "async_tls_kernels", text, about, records)
-        plot(records, about, options.output / "async_tls_kernels.png")
-    return int(any("error" in record for record in records))
+    path = options.output and options.output / "async_tls_kernels"
+    return report(records, about, markdown, path, plot)
 
 
 if __name__ == "__main__":

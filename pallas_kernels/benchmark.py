@@ -18,10 +18,11 @@ from pallas_kernels import dispatch
 from pallas_kernels.benchmark_rows import DENSE_LAYER, PAIR, ROWS, Row
 from pallas_kernels.measurement import (
     Measurement,
+    choose_names,
     describe_setting,
     markdown_table,
     measure_in_turn,
-    write_report,
+    report,
 )
 
 HEADER = ("row", "T", "fwd ms", "target", "% of floor", "fwd+bwd ms", "target", "% of floor")
@@ -139,14 +140,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     ops = sorted({row.op for row in ROWS})
     parser = argparse.ArgumentParser(prog="pallas_kernels.benchmark", description=__doc__)
-    parser.add_argument("--ops", help=f"of {','.join(ops)}; all by default")
+    parser.add_argument("--ops", default=",".join(ops), help=f"of {','.join(ops)}")
     parser.add_argument("--lengths", default="4096,8192,32768,65536", help="tokens of a row")
     parser.add_argument("--output", type=Path, help="directory for the table, JSON and chart")
     parser.add_argument("--timeout_seconds", type=float, default=120, help="of a row")
     options = parser.parse_args(arguments)
-    options.ops = options.ops.split(",") if options.ops else ops
-    if unknown := set(options.ops) - set(ops):
-        parser.error(f"--ops: unknown {sorted(unknown)}, expected some of {ops}")
+    choose_names(parser, options, "ops", ops)
     try:
         options.lengths = [int(length) for length in options.lengths.split(",")]
     except ValueError:
@@ -167,12 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
     about = describe_setting(records, "pallas_kernels.benchmark", arguments)
     about["setting"] = "batch 1, bfloat16; median device time, warm"
     records = [record for record in records if "device" not in record]
-    text = markdown(records, about)
-    print(text, end="")
-    if options.output:
-        write_report(options.output / "kernels", text, about, records)
-        plot(records, about, options.output / "kernels.png")
-    return int(any("error" in record for record in records))
+    path = options.output and options.output / "kernels"
+    return report(records, about, markdown, path, plot)
 
 
 if __name__ == "__main__":

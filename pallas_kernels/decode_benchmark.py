@@ -22,10 +22,11 @@ from pallas_kernels.measurement import (
     Measurement,
     can_run,
     check_numbers,
+    choose_names,
     describe_setting,
     markdown_table,
     measure_in_turn,
-    write_report,
+    report,
 )
 
 HEADER = ("operation", "batch", "context", "us", "floor us", "% of floor")
@@ -123,9 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="directory for the table, JSON and chart")
     parser.add_argument("--timeout_seconds", type=float, default=300, help="of an operation")
     options = parser.parse_args(arguments)
-    options.ops = options.ops.split(",")
-    if unknown := set(options.ops) - set(OPS):
-        parser.error(f"--ops: unknown {sorted(unknown)}, expected some of {list(OPS)}")
+    choose_names(parser, options, "ops", OPS)
     check_numbers(parser, options, "batches", "contexts")
     options.cases = [
         case for case in DECODE_CASES if case.op in options.ops and options.cases in case.name
@@ -147,12 +146,8 @@ def main(arguments: list[str] | None = None) -> int:
     about = describe_setting(records, "pallas_kernels.decode_benchmark", arguments)
     about["setting"] = f"{options.implementation}, bfloat16; median device time, warm"
     records = [record for record in records if "device" not in record]
-    text = markdown(records, about)
-    print(text, end="")
-    if options.output:
-        write_report(options.output / "decode_kernels", text, about, records)
-        plot(records, about, options.output / "decode_kernels.png")
-    return int(any("error" in record for record in records))
+    path = options.output and options.output / "decode_kernels"
+    return report(records, about, markdown, path, plot)
 
 
 if __name__ == "__main__":

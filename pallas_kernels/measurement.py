@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,44 @@ def write_report(
     path.with_suffix(".md").write_text(text)
     contents = json.dumps({"about": about, "records": records}, indent=1)
     path.with_suffix(".json").write_text(contents + "\n")
+
+
+def report(
+    records: list[dict[str, Any]],
+    about: dict[str, str],
+    markdown: Callable[[list[dict[str, Any]], dict[str, str]], str],
+    path: Path | None,
+    plot: Callable[[list[dict[str, Any]], dict[str, str], Path], None] | None = None,
+) -> int:
+    """Prints what was measured and writes it.
+
+    Args:
+      records: What was measured, or errors.
+      about: Of `describe_setting`.
+      markdown: Makes the text.
+      path: For .md, .json and .png; None writes nothing.
+      plot: Draws the chart, if there is one.
+
+    Returns:
+      The exit code: 1 if a measurement failed.
+    """
+    text = markdown(records, about)
+    print(text, end="")
+    if path is not None:
+        write_report(path, text, about, records)
+        if plot is not None:
+            plot(records, about, path.with_suffix(".png"))
+    return int(any("error" in record for record in records))
+
+
+def choose_names(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, name: str, known: Sequence[str]
+) -> None:
+    """Splits the text of an option at its commas; refuses names that are not known."""
+    names = getattr(options, name).split(",")
+    if unknown := set(names) - set(known):
+        parser.error(f"--{name}: unknown {sorted(unknown)}, expected some of {list(known)}")
+    setattr(options, name, names)
 
 
 def check_numbers(

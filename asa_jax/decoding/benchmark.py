@@ -18,9 +18,10 @@ from pallas_kernels.benchmark_floors import HBM_BYTES_PER_SECOND
 from pallas_kernels.measurement import (
     Measurement,
     check_numbers,
+    choose_names,
     describe_setting,
     measure_in_turn,
-    write_report,
+    report,
 )
 
 MODELS = {
@@ -99,11 +100,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="directory for the tables, JSON and chart")
     parser.add_argument("--timeout_seconds", type=float, default=240, help="of a process")
     options = parser.parse_args(arguments)
-    for name, known in (("rows", ROWS), ("models", MODELS)):
-        given = getattr(options, name).split(",")
-        if unknown := set(given) - set(known):
-            parser.error(f"--{name}: unknown {sorted(unknown)}, expected some of {list(known)}")
-        setattr(options, name, given)
+    choose_names(parser, options, "rows", ROWS)
+    choose_names(parser, options, "models", list(MODELS))
     check_numbers(parser, options, "batches", "contexts", "long")
     return options
 
@@ -114,12 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
     records = measure(options)
     about = describe_setting(records, "asa_jax.decoding.benchmark", arguments)
     records = [record for record in records if "device" not in record]
-    text = markdown(records, about)
-    print(text, end="")
-    if options.output:
-        write_report(options.output / "decoding", text, about, records)
-        plot(records, about, options.output / "decoding.png")
-    return int(any("error" in record for record in records))
+    path = options.output and options.output / "decoding"
+    return report(records, about, markdown, path, plot)
 
 
 if __name__ == "__main__":

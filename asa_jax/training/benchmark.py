@@ -14,10 +14,11 @@ from typing import Any
 
 from pallas_kernels.measurement import (
     Measurement,
+    choose_names,
     describe_setting,
     markdown_table,
     measure_in_turn,
-    write_report,
+    report,
 )
 
 HEADER = (
@@ -136,14 +137,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(prog="asa_jax.training.benchmark", description=__doc__)
-    parser.add_argument("--rows", help=f"names with commas between, of: {', '.join(names)}")
+    parser.add_argument(
+        "--rows", default=",".join(names), help=f"names with commas between, of: {', '.join(names)}"
+    )
     parser.add_argument("--sources", default="tokens/bundled", help="token folder to train on")
     parser.add_argument("--output", type=Path, help="directory for the table, JSON and chart")
     parser.add_argument("--timeout_seconds", type=float, default=240, help="of a row")
     options = parser.parse_args(arguments)
-    options.rows = options.rows.split(",") if options.rows else names
-    if unknown := set(options.rows) - set(names):
-        parser.error(f"--rows: unknown {sorted(unknown)}, expected some of {names}")
+    choose_names(parser, options, "rows", names)
     if not Path(options.sources, "manifest.json").is_file():
         parser.error(
             f"--sources: {options.sources} is no token folder; `make tokens` makes tokens/bundled"
@@ -157,12 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [row for row in ROWS if row.name in options.rows]
     records = measure(rows, options.sources, options.timeout_seconds)
     about = describe_setting(records, "asa_jax.training.benchmark", arguments)
-    text = markdown(records, about)
-    print(text, end="")
-    if options.output:
-        write_report(options.output / "training", text, about, records)
-        plot(records, about, options.output / "training.png")
-    return int(any("error" in record for record in records))
+    path = options.output and options.output / "training"
+    return report(records, about, markdown, path, plot)
 
 
 if __name__ == "__main__":
