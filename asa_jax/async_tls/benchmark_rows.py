@@ -142,7 +142,7 @@ def _grouped(cfg: ModelConfig, caches: list[Any]) -> Any:
     return jax.tree.unflatten(structure, jax.tree.leaves(caches))
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
 def _full_step(
     params: Any, tokens: jax.Array, position: jax.Array, cache: Any, *, cfg: ModelConfig
 ) -> tuple[jax.Array, jax.Array, Any]:

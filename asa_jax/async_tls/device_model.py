@@ -53,7 +53,6 @@ class _Texts:
         with contextlib.suppress(RuntimeError):  # told when it was waited for
             jax.block_until_ready(self.sparse)
         for host in self.hosts:
-            host.drain()
             host.close()
         self.hosts, self.dense, self.sparse = [], [], []
 
@@ -170,7 +169,7 @@ class DeviceModel:
         blocks = tokens.reshape(rows, -1, sizes.block_size, width)
         host = PinnedBlocks(blocks.shape, np.dtype(blocks.dtype), self._device)
         self._texts.hosts.append(host)
-        host.host[:] = np.asarray(blocks)
+        host.store(blocks)
         num_heads, num_slots = key.shape[2], slots_for(sizes)
         tails = jnp.repeat(jnp.asarray((lengths - 1) // sizes.block_size, jnp.int32), num_heads)
         pool = jnp.zeros((rows, num_slots, *blocks.shape[2:]), blocks.dtype)

@@ -1,4 +1,4 @@
-"""The gather of back end B3: compiled from `native/`, kept in a cache, registered with XLA."""
+"""The moves of back end B3: compiled from `native/`, kept in a cache, registered with XLA."""
 
 import ctypes
 import functools
@@ -14,23 +14,22 @@ import jaxlib
 
 from asa_jax.errors import UserError
 
-START, PLACE = "asa_gather_start", "asa_gather_place"
 EXCHANGE, JOIN = "asa_pool_exchange", "asa_pool_join"
-_HANDLERS = {START: "AsaStart", PLACE: "AsaPlace", EXCHANGE: "AsaExchange", JOIN: "AsaJoin"}
-_FUNCTIONS = ("AsaOpen", "AsaClose", "AsaPin", "AsaUnpin", "AsaDrain")
-_SOURCE = Path(__file__).parent / "native" / "block_gather.cu"
+_HANDLERS = {EXCHANGE: "AsaExchange", JOIN: "AsaJoin"}
+_FUNCTIONS = ("AsaOpen", "AsaClose", "AsaPin", "AsaUnpin", "AsaStore", "AsaDrain")
+_SOURCE = Path(__file__).parent / "native" / "pool_exchange.cu"
 _COMMON = ("-shared", "-std=c++17")
 _COMPILER_SECONDS = 300
 _DIGEST_BYTES = 32
 
 
 class GatherUnavailableError(UserError):
-    """The gather cannot be built, loaded or trusted on this machine."""
+    """Back end B3 cannot be built, loaded or trusted on this machine."""
 
 
 @functools.cache
 def load_library(platform: str, capability: str) -> ctypes.CDLL:
-    """Builds the gather unless it is in the cache, and registers its calls with XLA.
+    """Builds the library unless it is in the cache, and registers its calls with XLA.
 
     Args:
         platform: "gpu", or "cpu" for the same protocol with a thread in place of the side stream.
@@ -59,13 +58,13 @@ def load_library(platform: str, capability: str) -> ctypes.CDLL:
 
 
 def library_path(platform: str, capability: str) -> Path:
-    """Where the gather is kept: source, jaxlib and compute capability are in the file's name."""
+    """Where the library is kept: source, jaxlib and compute capability are in the file's name."""
     digest = hashlib.sha256()
     for path in sorted(_SOURCE.parent.iterdir()):
         digest.update(path.read_bytes())
     digest.update(f"{jaxlib.__version__} {platform} {capability}".encode())
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "asa_jax" / "native" / f"block_gather_{digest.hexdigest()[:24]}.so"
+    return caches / "asa_jax" / "native" / f"pool_exchange_{digest.hexdigest()[:24]}.so"
 
 
 def is_whole(path: Path) -> bool:
@@ -78,7 +77,7 @@ def is_whole(path: Path) -> bool:
 
 
 def build(platform: str, capability: str, path: Path) -> None:
-    """Compiles the gather; the file appears when it is whole, so many processes may do so at once.
+    """Compiles the library; the file appears when it is whole, so many processes may do so at once.
 
     Its digest stands behind the library, where loaders do not look.
 

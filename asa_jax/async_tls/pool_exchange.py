@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from asa_jax.async_tls.gather_library import EXCHANGE, JOIN
-from asa_jax.async_tls.pinned_blocks import NUM_CTAS, PinnedBlocks
+from asa_jax.async_tls.pinned_blocks import PinnedBlocks
 
+# Few thread blocks fill the bus and leave the others to what is computed meanwhile.
+NUM_CTAS = 16
 # Numbers of moves: nothing for a slot, and the first of those for what goes to the host.
 NOTHING, TO_HOST = -1, -2
 # Numbers of a request in front of its moves: `PinnedBlocks.source`.
@@ -86,7 +88,6 @@ def exchange_works(device: jax.Device) -> bool:
         came = np.array_equal(np.asarray(pool.blocks)[:, :7], pinned.host[:, 6::-1])
         return came and bool((pinned.host[:, 7] == 1).all())
     finally:
-        pinned.drain()
         pinned.close()
 
 

@@ -3,25 +3,25 @@
 Prints GB/s of fetches of random blocks from host memory, alone, and how much of a fetch is hidden
 by what the device computes meanwhile: (fetch + compute - both) / the shorter of the two, with
 matrix products, which are bound by arithmetic, or products with vectors, which are bound by memory
-as decoding is. A fetch is as the engine's: dispatched before the compute, waited for after it was
-dispatched.
+as decoding is. A fetch is dispatched before the compute and waited for after it was dispatched.
 """
 
 import argparse
+import functools
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asa_jax.async_tls.ffi_gather import FfiGatherBackend
 from asa_jax.async_tls.host_thread import HostThreadBackend
-from asa_jax.async_tls.pinned_blocks import NUM_CTAS
+from asa_jax.async_tls.pinned_blocks import PinnedBlocks
+from asa_jax.async_tls.pool_exchange import NUM_CTAS, exchange, init_pool, join
 from asa_jax.errors import exit_on_user_error
 from pallas_kernels.measurement import check_numbers, describe_setting, markdown_table
 
@@ -82,19 +82,97 @@ def median_seconds(function: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def measure(
-    backend: HostThreadBackend, num_blocks: int, compute: Compute
-) -> tuple[float, float, float]:
+class Fetches(Protocol):
+    """Fetches of the same random blocks, one after another."""
+
+    host: np.ndarray
+
+    def start(self) -> None:
+        """Starts one; what was computed before may still be under way."""
+
+    def wait(self) -> None:
+        """Waits until it landed."""
+
+    def fetched(self) -> np.ndarray:
+        """The blocks [n, ...] that landed last."""
+
+    def close(self) -> None:
+        """Gives all memory back."""
+
+
+class HostThreadFetches:
+    """`Fetches` by back end B1."""
+
+    def __init__(self, shape: tuple[int, ...], numbers: np.ndarray) -> None:
+        """Allocates; blocks of `shape` [rows, blocks, ...] are numbered row after row."""
+        rows, blocks, size, width = shape
+        self._backend = HostThreadBackend(
+            rows, blocks, 1, size, width, np.dtype(jnp.bfloat16),
+            device=jax.devices()[0], num_threads=2,
+        )  # fmt: skip
+        self.host = self._backend.host
+        self._places = np.divmod(numbers, blocks)
+
+    def start(self) -> None:
+        """See `Fetches`."""
+        self._transfer = self._backend.start_fetch(*self._places)
+
+    def wait(self) -> None:
+        """See `Fetches`."""
+        self._backend.wait(self._transfer)
+
+    def fetched(self) -> np.ndarray:
+        """See `Fetches`."""
+        return np.asarray(self._transfer.result())[: len(self._places[0])]
+
+    def close(self) -> None:
+        """See `Fetches`."""
+        self._backend.close()
+
+
+class FfiGatherFetches:
+    """`Fetches` by back end B3, each block to a slot of its own."""
+
+    def __init__(self, shape: tuple[int, ...], numbers: np.ndarray, num_ctas: int) -> None:
+        """As of `HostThreadFetches`; `num_ctas` thread blocks move blocks."""
+        self._pinned = PinnedBlocks(shape, np.dtype(jnp.bfloat16), jax.devices()[0])
+        self.host = self._pinned.host
+        self._request = self._pinned.source(), numbers[None].astype(np.int32)
+        self._pool = init_pool(jnp.zeros((1, len(numbers), *shape[2:]), jnp.bfloat16))
+        self._exchange = functools.partial(_exchange, num_ctas=num_ctas)
+
+    def start(self) -> None:
+        """See `Fetches`."""
+        self._pool = self._exchange(self._pool, *self._request)
+
+    def wait(self) -> None:
+        """See `Fetches`."""
+        self._pool = jax.block_until_ready(_join(self._pool))
+
+    def fetched(self) -> np.ndarray:
+        """See `Fetches`."""
+        return np.asarray(self._pool.blocks)[0]
+
+    def close(self) -> None:
+        """See `Fetches`."""
+        self._pinned.close()
+
+
+_exchange = jax.jit(exchange, donate_argnums=0, static_argnames="num_ctas")
+_join = jax.jit(join, donate_argnums=0)
+
+
+def measure(fetches: Fetches, compute: Compute) -> tuple[float, float, float]:
     """Seconds of a fetch of random blocks, of the compute beside it, and of both together."""
-    rows, blocks = _random_blocks(backend, num_blocks)
 
     def fetch() -> None:
-        backend.wait(backend.start_fetch(rows, blocks))
+        fetches.start()
+        fetches.wait()
 
     def both() -> None:
-        transfer = backend.start_fetch(rows, blocks)
+        fetches.start()
         result = compute.run(number)
-        backend.wait(transfer)
+        fetches.wait()
         result.block_until_ready()
 
     def seconds(number: int) -> float:
@@ -107,13 +185,12 @@ def measure(
     return alone, seconds(number), median_seconds(both)
 
 
-def check(backend: HostThreadBackend) -> None:
+def check(fetches: Fetches, numbers: np.ndarray) -> None:
     """Raises RuntimeError unless fetched blocks are those of the host."""
-    rows, blocks = np.arange(ROWS), _random_blocks(backend, ROWS)[1]
-    transfer = backend.start_fetch(rows, blocks)
-    backend.wait(transfer)
-    backend.place(transfer, rows, rows, 0 * rows)
-    if not np.array_equal(np.asarray(backend.pool)[:, 0], backend.host[rows, blocks]):
+    fetches.start()
+    fetches.wait()
+    blocks = fetches.host.reshape(-1, *fetches.host.shape[2:])
+    if not np.array_equal(fetches.fetched(), blocks[numbers]):
         raise RuntimeError("fetched blocks are not those of the host")
 
 
@@ -122,35 +199,30 @@ def table(options: argparse.Namespace) -> list[tuple[str, ...]]:
     lines = []
     work = computes(options.compute_size)
     for layout in WIDTHS:
-        for name, kind, extra in _back_ends(options.num_ctas):
-            backend = kind(
-                ROWS, options.host_blocks // ROWS, 1, BLOCK_SIZE, WIDTHS[layout],
-                jnp.dtype(jnp.bfloat16), device=jax.devices()[0], num_threads=2, **extra,
-            )  # fmt: skip
-            try:
-                backend.host.view(np.uint16)[:] = np.random.default_rng(0).integers(
-                    0x3F80, size=backend.host.shape[1:], dtype=np.uint16
-                )
-                check(backend)
-                for number in options.num_blocks:
+        shape = ROWS, options.host_blocks // ROWS, BLOCK_SIZE, WIDTHS[layout]
+        for number in options.num_blocks:
+            numbers = np.random.default_rng(1).permutation(options.host_blocks)[:number]
+            for name, kind in _back_ends(options.num_ctas):
+                fetches = kind(shape, numbers)
+                try:
+                    fetches.host.view(np.uint16)[:] = np.random.default_rng(0).integers(
+                        0x3F80, size=shape[1:], dtype=np.uint16
+                    )
+                    check(fetches, numbers)
+                    size = number * fetches.host[0, 0].nbytes
                     for what, compute in work.items():
-                        times = measure(backend, number, compute)
-                        line = _cells(layout, name, number * backend.block_bytes, what, times)
-                        lines.append(line)
-            finally:
-                backend.close()
+                        lines.append(_cells(layout, name, size, what, measure(fetches, compute)))
+                finally:
+                    fetches.close()
     return lines
 
 
-def _back_ends(num_ctas: list[int]) -> list[tuple[str, Any, dict[str, int]]]:
-    gathers = [(f"ffi_gather, {n} CTAs", FfiGatherBackend, {"num_ctas": n}) for n in num_ctas]
-    return [("host_thread", HostThreadBackend, {}), *gathers]
-
-
-def _random_blocks(backend: HostThreadBackend, number: int) -> tuple[np.ndarray, np.ndarray]:
-    total = backend.host.shape[0] * backend.host.shape[1]
-    numbers = np.random.default_rng(1).permutation(total)[:number]
-    return np.divmod(numbers, backend.host.shape[1])
+def _back_ends(num_ctas: list[int]) -> list[tuple[str, Callable[..., Fetches]]]:
+    exchanges: list[tuple[str, Callable[..., Fetches]]] = [
+        (f"ffi_gather, {number} CTAs", functools.partial(FfiGatherFetches, num_ctas=number))
+        for number in num_ctas
+    ]
+    return [("host_thread", HostThreadFetches), *exchanges]
 
 
 def _cells(
@@ -170,7 +242,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="asa_jax.async_tls.transfer_benchmark", description=__doc__
     )
     parser.add_argument("--num_blocks", default="128,1024", help="of a fetch")
-    parser.add_argument("--num_ctas", default=f"4,8,{NUM_CTAS},32", help="of a gather")
+    parser.add_argument("--num_ctas", default=f"4,8,{NUM_CTAS},32", help="thread blocks of B3")
     parser.add_argument("--host_blocks", type=int, default=8192, help="to choose from")
     parser.add_argument("--compute_size", type=int, default=4096, help="of the matrices")
     options = parser.parse_args(arguments)

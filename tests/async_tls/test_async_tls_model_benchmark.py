@@ -14,7 +14,7 @@ from tests.models import tiny_model_config
 SETTINGS = {"block_size": 4, "num_blocks": 4, "token_budget": 8, "num_dense_layers": 1}
 SMALL = Arguments(
     model="tiny", num_layers=0, context=128, method="full", batches=(2, 10**9), settings=SETTINGS,
-    cosine=0.9, num_steps=3,
+    cosine=0.9, num_steps=6,
 )  # fmt: skip
 
 

@@ -1,11 +1,9 @@
 """The benchmark of transfers: small, so that it runs anywhere."""
 
-import jax
 import numpy as np
 import pytest
 
 from asa_jax.async_tls import transfer_benchmark
-from asa_jax.async_tls.host_thread import HostThreadBackend
 from tests.async_tls.gathers import can_gather
 
 
@@ -30,16 +28,15 @@ def test_the_table_has_both_back_ends_and_layouts(capsys):
 
 
 def test_a_back_end_that_brings_other_blocks_is_found(monkeypatch):
-    backend = HostThreadBackend(
-        8, 2, 1, 64, 4, np.dtype(np.float32), device=jax.devices()[0], num_threads=1
-    )
-    backend.host[:] = np.arange(16).reshape(8, 2, 1, 1)
-    transfer_benchmark.check(backend)
-    bring = backend._bring
-    monkeypatch.setattr(backend, "_bring", lambda rows, blocks: bring(rows, 1 - blocks))
+    numbers = np.arange(0, 16, 3)
+    fetches = transfer_benchmark.HostThreadFetches((8, 2, 64, 4), numbers)
+    fetches.host[:] = np.arange(16).reshape(8, 2, 1, 1)
+    transfer_benchmark.check(fetches, numbers)
+    bring = fetches._backend._bring
+    monkeypatch.setattr(fetches._backend, "_bring", lambda rows, blocks: bring(rows, 1 - blocks))
     with pytest.raises(RuntimeError, match="are not those of the host"):
-        transfer_benchmark.check(backend)
-    backend.close()
+        transfer_benchmark.check(fetches, numbers)
+    fetches.close()
 
 
 @pytest.mark.parametrize(

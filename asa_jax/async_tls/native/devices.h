@@ -15,16 +15,16 @@
 
 namespace ffi = xla::ffi;
 
-namespace block_gather {
+namespace pool_exchange {
 
 struct Device {
   Side side;
   int users = 0;
-  // By the address of the buffer that they fill.
-  std::map<const void*, Event> gathers;
+  // By the address of the pool.
+  std::map<const void*, Event> exchanges;
 };
 
-constexpr char kClosed[] = "the gather of this device is closed";
+constexpr char kClosed[] = "the side stream of this device is closed";
 
 // Never destroyed: a thread of XLA may still be in here when the process ends.
 inline std::mutex& mutex = *new std::mutex;
@@ -35,8 +35,4 @@ inline Device* Find(int number) {
   return found == devices.end() ? nullptr : found->second.get();
 }
 
-inline ffi::Error ToError(Status status) {
-  return status ? ffi::Error::Internal(status) : ffi::Error::Success();
-}
-
-}  // namespace block_gather
+}  // namespace pool_exchange

@@ -15,7 +15,7 @@
 #include "transfer.h"
 #include "xla/ffi/api/ffi.h"
 
-namespace block_gather {
+namespace pool_exchange {
 
 // There is no stream: handlers are called when their operands are there.
 using Context = xla::ffi::RunId;
@@ -38,17 +38,6 @@ class Side {
   Status Close() {
     Enqueue(nullptr);
     thread_.join();
-    return nullptr;
-  }
-
-  Status Start(Stream, const int32_t* request, const Gather& gather, Event* landed) {
-    std::copy_n(request, kHeader + gather.num_blocks, const_cast<int32_t*>(gather.request));
-    *landed = std::make_shared<Flag>();
-    Enqueue([this, gather, flag = *landed] {
-      gate_.Pass();
-      Copy(gather);
-      Raise(*flag);
-    });
     return nullptr;
   }
 
@@ -76,21 +65,6 @@ class Side {
     return nullptr;
   }
 
-  static Status Place(Stream, const Placement& place) {
-    for (int64_t i = 0; i < place.count; ++i) {
-      const int64_t which = place.which[i], slot = place.slots[i];
-      if (slot < 0 || slot >= place.num_slots || which < 0 || which >= place.num_staged) continue;
-      std::memcpy(place.pool + slot * place.block_bytes, place.staging + which * place.block_bytes,
-                  place.block_bytes);
-    }
-    return nullptr;
-  }
-
-  static bool Landed(const Event& flag, Status*) {
-    std::lock_guard<std::mutex> lock(flag->mutex);
-    return flag->landed;
-  }
-
   static void Forget(const Event&) {}
 
   void Hold(bool held) { gate_.Set(!held); }
@@ -102,30 +76,16 @@ class Side {
     flag.changed.notify_all();
   }
 
-  static char* Host(const int32_t* request) {
-    const uint64_t low = static_cast<uint32_t>(request[0]);
-    const uint64_t high = static_cast<uint32_t>(request[1]);
-    return reinterpret_cast<char*>(high << 32 | low);
-  }
-
   static void Copy(const Exchange& exchange) {
-    char* host = Host(exchange.request);
+    const uint64_t low = static_cast<uint32_t>(exchange.request[0]);
+    const uint64_t high = static_cast<uint32_t>(exchange.request[1]);
+    char* host = reinterpret_cast<char*>(high << 32 | low);
     for (int64_t i = 0; i < exchange.num_slots; ++i) {
       const Move move(exchange.request[kHeader + i]);
       if (move.block < 0 || move.block >= exchange.request[2]) continue;
       char* slot = exchange.pool + i * exchange.block_bytes;
       char* block = host + move.block * exchange.block_bytes;
       std::memcpy(move.to_host ? block : slot, move.to_host ? slot : block, exchange.block_bytes);
-    }
-  }
-
-  static void Copy(const Gather& gather) {
-    const char* host = Host(gather.request);
-    for (int64_t i = 0; i < gather.num_blocks; ++i) {
-      const int64_t block = gather.request[kHeader + i];
-      if (block < 0 || block >= gather.request[2]) continue;
-      std::memcpy(gather.staging + i * gather.block_bytes, host + block * gather.block_bytes,
-                  gather.block_bytes);
     }
   }
 
@@ -163,4 +123,9 @@ inline Status Pin(void* memory, int64_t, void** address) {
 
 inline Status Unpin(void*) { return nullptr; }
 
-}  // namespace block_gather
+inline Status Store(int, void* memory, const void* source, int64_t bytes) {
+  std::memcpy(memory, source, bytes);
+  return nullptr;
+}
+
+}  // namespace pool_exchange

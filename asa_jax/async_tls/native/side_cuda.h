@@ -1,4 +1,4 @@
-// A side stream of a GPU, with kernels that read pinned memory of the host.
+// A side stream of a GPU, with a kernel that reads and writes pinned memory of the host.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,9 +10,9 @@
 #include "xla/ffi/api/ffi.h"
 
 #define RETURN_IF_FAILED(call) \
-  if (cudaError_t error = (call)) return block_gather::Said(error)
+  if (cudaError_t error = (call)) return pool_exchange::Said(error)
 
-namespace block_gather {
+namespace pool_exchange {
 
 // Also takes the error back, so that the next launch is not blamed for it.
 inline Status Said(cudaError_t error) {
@@ -45,19 +45,6 @@ __device__ void CopyBlock(const char* from_bytes, char* to_bytes, int64_t bytes)
   }
 }
 
-template <typename Vector>
-__global__ void __launch_bounds__(kThreads) GatherBlocks(Gather gather) {
-  const uint64_t low = static_cast<uint32_t>(gather.request[0]);
-  const uint64_t high = static_cast<uint32_t>(gather.request[1]);
-  const char* host = reinterpret_cast<const char*>(high << 32 | low);
-  for (int64_t i = blockIdx.x; i < gather.num_blocks; i += gridDim.x) {
-    const int64_t block = gather.request[kHeader + i];
-    if (block < 0 || block >= gather.request[2]) continue;
-    CopyBlock<Vector>(host + block * gather.block_bytes, gather.staging + i * gather.block_bytes,
-                      gather.block_bytes);
-  }
-}
-
 // Most slots are asked nothing of, so the threads of a block look at many of them at a time.
 template <typename Vector>
 __global__ void __launch_bounds__(kThreads) ExchangeBlocks(Exchange exchange) {
@@ -87,14 +74,6 @@ __global__ void __launch_bounds__(kThreads) ExchangeBlocks(Exchange exchange) {
   }
 }
 
-template <typename Vector>
-__global__ void __launch_bounds__(kThreads) PlaceBlocks(Placement place) {
-  const int64_t which = place.which[blockIdx.x], slot = place.slots[blockIdx.x];
-  if (slot < 0 || slot >= place.num_slots || which < 0 || which >= place.num_staged) return;
-  CopyBlock<Vector>(place.staging + which * place.block_bytes,
-                    place.pool + slot * place.block_bytes, place.block_bytes);
-}
-
 class Side {
  public:
   Status Open(int device) {
@@ -111,30 +90,15 @@ class Side {
     return nullptr;
   }
 
-  Status Start(Stream main, const int32_t* request, const Gather& gather, Event* landed) {
-    const size_t bytes = (kHeader + gather.num_blocks) * sizeof(int32_t);
-    // XLA may give the request's memory away as soon as its own stream is past this point.
-    RETURN_IF_FAILED(cudaMemcpyAsync(const_cast<int32_t*>(gather.request), request, bytes,
-                                     cudaMemcpyDeviceToDevice, main));
-    RETURN_IF_FAILED(cudaEventRecord(ready_, main));
-    RETURN_IF_FAILED(cudaStreamWaitEvent(stream_, ready_, 0));
-    if (held_) RETURN_IF_FAILED(cudaLaunchHostFunc(stream_, PassGate, &gate_));
-    // Before the gather, so that none is ever under way that nobody can wait for.
-    RETURN_IF_FAILED(cudaEventCreateWithFlags(landed, cudaEventDisableTiming));
-    if (cudaError_t error = Launch(gather, *landed)) {
-      Forget(*landed);
-      return Said(error);
-    }
-    return nullptr;
-  }
-
   Status Start(Stream main, const int32_t* request, const Exchange& exchange, Event* landed) {
     const size_t bytes = (kHeader + exchange.num_slots) * sizeof(int32_t);
+    // XLA may give the request's memory away as soon as its own stream is past this point.
     RETURN_IF_FAILED(cudaMemcpyAsync(const_cast<int32_t*>(exchange.request), request, bytes,
                                      cudaMemcpyDeviceToDevice, main));
     RETURN_IF_FAILED(cudaEventRecord(ready_, main));
     RETURN_IF_FAILED(cudaStreamWaitEvent(stream_, ready_, 0));
     if (held_) RETURN_IF_FAILED(cudaLaunchHostFunc(stream_, PassGate, &gate_));
+    // Before the moves, so that none is ever under way that nobody can wait for.
     RETURN_IF_FAILED(cudaEventCreateWithFlags(landed, cudaEventDisableTiming));
     if (cudaError_t error = Launch(exchange, *landed)) {
       Forget(*landed);
@@ -154,25 +118,6 @@ class Side {
     return nullptr;
   }
 
-  static Status Place(Stream main, const Placement& place) {
-    if (place.block_bytes % sizeof(uint4)) {
-      PlaceBlocks<char><<<place.count, kThreads, 0, main>>>(place);
-    } else {
-      PlaceBlocks<uint4><<<place.count, kThreads, 0, main>>>(place);
-    }
-    RETURN_IF_FAILED(cudaGetLastError());
-    return nullptr;
-  }
-
-  static bool Landed(Event landed, Status* status) {
-    const cudaError_t error = cudaEventQuery(landed);
-    if (error) {
-      const Status said = Said(error);
-      if (error != cudaErrorNotReady) *status = said;
-    }
-    return !error;
-  }
-
   static void Forget(Event landed) { cudaEventDestroy(landed); }
 
   void Hold(bool held) {
@@ -181,17 +126,6 @@ class Side {
   }
 
  private:
-  cudaError_t Launch(const Gather& gather, Event landed) {
-    const int64_t ctas = std::min(gather.num_ctas, gather.num_blocks);
-    if (gather.block_bytes % sizeof(uint4)) {
-      GatherBlocks<char><<<ctas, kThreads, 0, stream_>>>(gather);
-    } else {
-      GatherBlocks<uint4><<<ctas, kThreads, 0, stream_>>>(gather);
-    }
-    const cudaError_t error = cudaGetLastError();
-    return error ? error : cudaEventRecord(landed, stream_);
-  }
-
   cudaError_t Launch(const Exchange& exchange, Event landed) {
     if (exchange.block_bytes % sizeof(uint4)) {
       ExchangeBlocks<char><<<exchange.num_ctas, kThreads, 0, stream_>>>(exchange);
@@ -231,6 +165,12 @@ inline Status Unpin(void* memory) {
   return nullptr;
 }
 
-}  // namespace block_gather
+inline Status Store(int device, void* memory, const void* source, int64_t bytes) {
+  RETURN_IF_FAILED(cudaSetDevice(device));
+  RETURN_IF_FAILED(cudaMemcpy(memory, source, bytes, cudaMemcpyDeviceToHost));
+  return nullptr;
+}
+
+}  // namespace pool_exchange
 
 #undef RETURN_IF_FAILED

@@ -6,31 +6,12 @@
 #include <cstdint>
 #include <mutex>
 
-namespace block_gather {
+namespace pool_exchange {
 
 // Numbers of a request in front of those of its blocks.
 constexpr int kHeader = 3;
 // What went wrong; null for nothing.
 using Status = const char*;
-
-struct Gather {
-  const int32_t* request;
-  int64_t num_blocks;
-  char* staging;
-  int64_t block_bytes;
-  int64_t num_ctas;
-};
-
-struct Placement {
-  const char* staging;
-  int64_t num_staged;
-  const int32_t* which;
-  const int32_t* slots;
-  int64_t count;
-  char* pool;
-  int64_t num_slots;
-  int64_t block_bytes;
-};
 
 #ifdef __CUDACC__
 #define ON_BOTH __host__ __device__
@@ -79,4 +60,4 @@ class Gate {
   bool open_ = true;
 };
 
-}  // namespace block_gather
+}  // namespace pool_exchange
