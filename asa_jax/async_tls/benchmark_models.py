@@ -10,7 +10,6 @@ model's. What c stands for a real text is not known: times are true, hit rates a
 import dataclasses
 import functools
 import math
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 
 from asa_jax.async_tls.model_layers import build_model, caches_of
 from asa_jax.config import ModelConfig
+from asa_jax.decoding.random_params import random_array
 from asa_jax.interop.deepseek import read_glm4_moe_lite
 from asa_jax.interop.hugging_face_config import HuggingFaceConfig
 from asa_jax.interop.llama import read_qwen3
@@ -61,24 +61,6 @@ def model_of(name: str, num_layers: int) -> ModelConfig:
     return dataclasses.replace(cfg, scan_layers=False, compute_dtype="bfloat16")
 
 
-def random_params(cfg: ModelConfig) -> Any:
-    """Parameters as they are decoded: normal matrices in the compute dtype, norms at 1."""
-    dtype = jnp.dtype(cfg.compute_dtype)
-
-    def draw(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        if len(shape.shape) < 2:
-            return jnp.ones(shape.shape, shape.dtype)
-        of_router = any(entry.key == "router" for entry in path)
-        return _normal(
-            zlib.crc32(str(path).encode()) % 2**31,
-            shape.shape,
-            jnp.float32 if of_router else dtype,
-            0.02,
-        )
-
-    return jax.tree_util.tree_map_with_path(draw, abstract_model(cfg)[1])
-
-
 def abstract_caches(cfg: ModelConfig, batch: int, length: int) -> list[Any]:
     """Shapes of the caches of all layers, for rows of so many tokens."""
     model = build_model(cfg, abstract_model(cfg)[1])
@@ -89,13 +71,13 @@ def random_caches(cfg: ModelConfig, batch: int, length: int) -> Iterator[Any]:
     """Caches of all layers, one after another, full of normal keys and values."""
     for number, cache in enumerate(abstract_caches(cfg, batch, length)):
         leaves, structure = jax.tree.flatten(cache)
-        drawn = [_normal(number * 7 + i, x.shape, x.dtype, 1.0) for i, x in enumerate(leaves)]
+        drawn = [random_array(number * 7 + i, x.shape, x.dtype, 1.0) for i, x in enumerate(leaves)]
         yield jax.tree.unflatten(structure, drawn)
 
 
 def first_inputs(cfg: ModelConfig, batch: int) -> jax.Array:
     """Inputs [B, D] of the first layer, each number of variance 1."""
-    return _normal(0, (batch, cfg.hidden_size), jnp.dtype(cfg.compute_dtype), 1.0)
+    return random_array(0, (batch, cfg.hidden_size), jnp.dtype(cfg.compute_dtype), 1.0)
 
 
 @functools.partial(jax.jit, static_argnames="cosine")
@@ -103,15 +85,3 @@ def next_inputs(x: jax.Array, step: jax.Array, *, cosine: float) -> jax.Array:
     """One step of the random walk; see the module."""
     noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), step), x.shape)
     return (cosine * x + math.sqrt(1 - cosine**2) * noise).astype(x.dtype)
-
-
-def num_bytes(arrays: Any) -> int:
-    """Bytes of a pytree of arrays or shapes."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _normal(seed: int, shape: tuple[int, ...], dtype: Any, stddev: float) -> jax.Array:
-    # Not the default generator, which takes longer than all the rest for tens of gigabytes.
-    key = jax.random.key(seed, impl="rbg")
-    return stddev * jax.random.normal(key, shape, dtype)

@@ -22,9 +22,7 @@ from asa_jax.async_tls.benchmark_models import (
     first_inputs,
     model_of,
     next_inputs,
-    num_bytes,
     random_caches,
-    random_params,
 )
 from asa_jax.async_tls.benchmark_transfers import MeasuredDeviceModel, MeasuredModel
 from asa_jax.async_tls.device_model import make_model
@@ -34,6 +32,8 @@ from asa_jax.async_tls.index import init_index
 from asa_jax.async_tls.model_layers import build_model
 from asa_jax.async_tls.settings import DEFAULTS, DecodingConfig, decoding_config, key_shape
 from asa_jax.config import ModelConfig
+from asa_jax.decoding.random_params import random_params
+from asa_jax.decoding.step_bytes import serving_shapes, tree_bytes
 from asa_jax.model.transformer import abstract_model
 
 LARGEST = "max"
@@ -73,12 +73,12 @@ def measure(arguments: Arguments, cfg: ModelConfig) -> Iterator[dict[str, Any]]:
     """Yields the device, and a record for each batch."""
     device = jax.devices()[0]
     yield {"device": device.device_kind, "jax": jax.__version__}
-    params = random_params(cfg)
+    params = random_params(serving_shapes(cfg)[1], cfg.init_stddev)
     settings = decoding_config({**DEFAULTS, **arguments.settings}, cfg)
-    free = _device_bytes() - num_bytes(params) - DEVICE_RESERVE_BYTES
+    free = _device_bytes() - tree_bytes(params) - DEVICE_RESERVE_BYTES
     largest = _largest(cfg, settings, arguments, free)
     yield {
-        "params_bytes": num_bytes(params), "num_layers": cfg.num_layers, "largest_batch": largest
+        "params_bytes": tree_bytes(params), "num_layers": cfg.num_layers, "largest_batch": largest
     }  # fmt: skip
     time_method = {"full": _time_full, "async_tls": _time_async_tls}[arguments.method]
     for batch in dict.fromkeys(largest if b == LARGEST else int(b) for b in arguments.batches):
@@ -98,7 +98,7 @@ def _largest(
     """Most rows whose caches, or indexes and pools and the layer being loaded, fit."""
     caches = abstract_caches(cfg, 1, arguments.context)
     if arguments.method == "full":
-        return free_bytes // num_bytes(caches)
+        return free_bytes // tree_bytes(caches)
     shape, sizes = key_shape(cfg), settings.sizes
     dtype = jnp.dtype(cfg.compute_dtype)
     index = jax.eval_shape(
@@ -108,11 +108,11 @@ def _largest(
         )
     )  # fmt: skip
     sparse = caches[settings.num_dense_layers :]
-    of_token = num_bytes(sparse[0]) // arguments.context
-    of_layer = num_bytes(index) + slots_for(sizes) * sizes.block_size * of_token
-    of_row = num_bytes(caches[: settings.num_dense_layers]) + len(sparse) * of_layer
-    of_row += LAYERS_BEING_LOADED * num_bytes(sparse[0])
-    on_host = int(HOST_SHARE * system_available_bytes()) // num_bytes(sparse)
+    of_token = tree_bytes(sparse[0]) // arguments.context
+    of_layer = tree_bytes(index) + slots_for(sizes) * sizes.block_size * of_token
+    of_row = tree_bytes(caches[: settings.num_dense_layers]) + len(sparse) * of_layer
+    of_row += LAYERS_BEING_LOADED * tree_bytes(sparse[0])
+    on_host = int(HOST_SHARE * system_available_bytes()) // tree_bytes(sparse)
     return min(free_bytes // of_row, on_host)
 
 
@@ -121,7 +121,7 @@ def _time_full(
 ) -> dict[str, Any]:
     """Steps of the whole model in one program, queued one behind another, as generate.py does."""
     caches = list(random_caches(cfg, batch, arguments.context))
-    of_rows = num_bytes(caches)
+    of_rows = tree_bytes(caches)
     state = jnp.zeros(batch, jnp.int32), _first_position(arguments, batch), _grouped(cfg, caches)
     del caches
 

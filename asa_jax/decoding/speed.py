@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from asa_jax.config import ModelConfig
+from asa_jax.decoding.random_params import random_params
 from asa_jax.decoding.runner import make_draws, memory_bytes
 from asa_jax.decoding.settings import CHUNK_TOKENS, Sampling
 from asa_jax.decoding.step_bytes import read_bytes, serving_shapes, tree_bytes, weight_bytes
@@ -59,7 +60,7 @@ def main(options: Options) -> None:
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     print(json.dumps({**about, "compile_seconds": time.perf_counter() - start}), flush=True)
     sys.stdin.readline()
-    params = random_params(cfg, shapes)
+    params = random_params(shapes, cfg.init_stddev)
     for job, measure in zip(jobs, measures, strict=True):
         print(json.dumps({**job.about, **_result(measure, params)}), flush=True)
 
@@ -184,20 +185,6 @@ def prepare_largest(cfg: ModelConfig, shapes: Any, context: int) -> Measure:
         return {"accounted_batch": accounted, "largest_batch": rows}
 
     return measure
-
-
-def random_params(cfg: ModelConfig, shapes: Any) -> Any:
-    """Draws parameters of these shapes and dtypes, vectors of ones."""
-
-    @functools.partial(jax.jit, static_argnames=("like",))
-    def draw(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-        if len(like.shape) < 2:
-            return jnp.ones(like.shape, like.dtype)
-        return cfg.init_stddev * jax.random.normal(key, like.shape, like.dtype)
-
-    leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return jax.tree.unflatten(structure, list(map(draw, keys, leaves)))
 
 
 def program_bytes(program: Any) -> int:

@@ -8,6 +8,7 @@ import pytest
 
 from asa_jax.decoding import benchmark, benchmark_table, speed
 from asa_jax.decoding.cache_bytes import allocated_bytes
+from asa_jax.decoding.random_params import random_params
 from asa_jax.decoding.step_bytes import read_bytes, serving_shapes, tree_bytes, weight_bytes
 from tests.models import tiny_model_config
 
@@ -31,7 +32,7 @@ def test_floors_are_the_bytes_of_what_is_read():
 @pytest.fixture(scope="module")
 def tiny():
     cfg, shapes = serving_shapes(tiny_model_config(KINDS))
-    return cfg, shapes, speed.random_params(cfg, shapes)
+    return cfg, shapes, random_params(shapes, cfg.init_stddev)
 
 
 def test_decoding_is_measured_at_its_context(tiny):
