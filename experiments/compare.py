@@ -2,7 +2,7 @@
 
     python -m experiments.compare --grid=experiments/grids/main.py --output=runs/comparison
     python -m experiments.compare --grid=experiments/grids/main.py --gpu=0,1,2,3 \\
-        --arms=45m/asa,45m/full --time_limit_s=3000
+        --arms=45m/asa,45m/full --seeds=0 --time_limit_s=3000
 
 Runs one process a GPU. `python -m experiments.report OUTPUT` makes tables and figures of what is
 there; docs/comparison.md says what is measured.
@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from asa_jax.errors import ConfigError, exit_on_user_error
 from asa_jax.flags import PROJECT
-from experiments.grid import load_grid
+from experiments.grid import Grid, load_grid
 from experiments.results import write_grid
 from experiments.runner import Runner, make_slots
 from experiments.stages import make_stages
@@ -38,6 +38,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grid", type=Path, required=True, help="a file that sets GRID")
     parser.add_argument("--output", type=Path, help="default: runs/ and the name of the grid")
     parser.add_argument("--arms", help="models of the grid to work on, with commas between")
+    parser.add_argument("--seeds", help="of those models to work on, with commas between")
     parser.add_argument("--gpu", default="", help="GPUs, with commas between; twice: two at a time")
     parser.add_argument("--choices", default="", help="multiple-choice files, commas between")
     parser.add_argument("--time_limit_s", type=float, help="stop after so many seconds")
@@ -64,11 +65,22 @@ def run(options: argparse.Namespace, environment: dict[str, str]) -> int:
     for model in models or ():
         if model not in grid.seeds:
             raise ConfigError(f"--arms: '{model}' must be one of {', '.join(grid.seeds)}")
+    seeds = _read_seeds(options.seeds, grid)
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(output.absolute() / "compiled"))
     write_grid(output, grid)
     slots = make_slots([gpu for gpu in options.gpu.split(",") if gpu])
-    stages = make_stages(grid, output, models)
+    stages = make_stages(grid, output, models, seeds)
     return Runner(stages, output, slots, environment, deadline).run()
+
+
+def _read_seeds(text: str | None, grid: Grid) -> list[int] | None:
+    if not text:
+        return None
+    known = {str(seed): seed for seeds in grid.seeds.values() for seed in seeds}
+    for name in text.split(","):
+        if name not in known:
+            raise ConfigError(f"--seeds: '{name}' must be one of {', '.join(known)}")
+    return [known[name] for name in text.split(",")]
 
 
 def main(environment: dict[str, str]) -> None:

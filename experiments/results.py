@@ -29,6 +29,14 @@ def write_result(output: Path, run: str, stage: str, content: Mapping[str, Any])
     _write(result_path(output, run, stage), content)
 
 
+def drop_result(output: Path, run: str, stage: str) -> bool:
+    """Forgets the result of a stage; returns whether there was one."""
+    path = result_path(output, run, stage)
+    was_there = path.exists()
+    path.unlink(missing_ok=True)
+    return was_there
+
+
 def write_grid(output: Path, grid: Grid) -> None:
     """Writes what the results belong to."""
     _write(output / RESULTS / GRID, dataclasses.asdict(grid))

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from asa_jax.errors import UserError
 from asa_jax.flags import PROJECT
 from asa_jax.training.metrics import read_metrics
-from asa_jax.training.run_directory import CHECKPOINTS
-from experiments.results import read_result, write_result
+from experiments.results import drop_result, read_result, write_result
 from experiments.stages import Stage
 
 POLL_SECONDS, STATUS_SECONDS = 0.5, 30.0
@@ -90,7 +89,7 @@ class Runner:
         self._stages = list(stages)
         self._seconds: dict[str, list[float]] = {}
         self._done = {stage.key for stage in stages if self._is_finished(stage)}
-        self._done -= {stage.key for stage in stages if self._is_wanted_again(stage)}
+        self._want_again()
         self._failed: dict[tuple[str, str], str] = {}
         self._running: dict[Slot, Running] = {}
         self._stopped: int | None = None
@@ -143,8 +142,27 @@ class Runner:
             self._seconds.setdefault(stage.name, []).append(result["stage_seconds"])
         return result is not None
 
+    def _want_again(self) -> None:
+        """Takes back what left files that are gone, as on another machine, and are still read.
+
+        A training that is done again takes with it all that was read from its parameters: results
+        of a run are of one training.
+        """
+        # A stage comes after those that it needs: so what needs it is known before it.
+        for stage in reversed(self._stages):
+            if stage.key in self._done and self._is_wanted_again(stage):
+                self._done.remove(stage.key)
+        for stage in self._stages:
+            if any(
+                other.workdir == stage.checkpoint is not None and other.key not in self._done
+                for other in self._stages
+            ):
+                self._done.discard(stage.key)
+        for stage in self._stages:
+            if stage.key not in self._done and drop_result(self._output, *stage.key):
+                self._say(f"{stage.run} {stage.name} is done again: files of this run are gone")
+
     def _is_wanted_again(self, stage: Stage) -> bool:
-        """Whether what it left is gone, as on another machine, and a stage to come reads it."""
         if stage.leaves is None or stage.leaves.exists():
             return False
         return any(
@@ -170,12 +188,6 @@ class Runner:
             if stage.key in self._done | self._failed.keys() | busy:
                 continue
             if not set(stage.needs) <= self._done:
-                continue
-            if stage.checkpoint is not None and not _has_checkpoint(stage.checkpoint):
-                self._failed[stage.key] = (
-                    f"{stage.checkpoint / CHECKPOINTS} is gone; delete the results of the run that "
-                    "left it to train again"
-                )
                 continue
             return None if stage.alone and neighbours else stage
         return None
@@ -278,10 +290,6 @@ def _end_with_parent() -> None:
     At once: one that was still saving would be in the way of a runner that is started anew.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _has_checkpoint(workdir: Path) -> bool:
-    return any((workdir / CHECKPOINTS).glob("[0-9]*"))
 
 
 def _last_line(path: Path) -> str:

@@ -30,7 +30,7 @@ class Stage:
         collect: reads what the command left, given its output.
         alone: it is timed, so nothing else may use its GPU.
         workdir: run directory of a training, for progress.
-        leaves: a file that stages which need this one read; made again if it is gone.
+        leaves: what stages which need this one read; made again if it is gone and one still does.
     """
 
     run: str
@@ -53,13 +53,19 @@ def run_name(model: str, seed: int) -> str:
     return f"{model.replace('/', '_')}_s{seed}"
 
 
-def make_stages(grid: Grid, output: Path, models: list[str] | None = None) -> list[Stage]:
+def make_stages(
+    grid: Grid,
+    output: Path,
+    models: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Stage]:
     """All stages of a grid in the order of work.
 
     Args:
         grid: what is compared.
         output: folder of runs and results.
         models: the ones to work on; None: all.
+        seeds: of them; None: all. The sweep of a model is there with any of its seeds.
 
     Returns:
         Stages; each comes after those that it needs.
@@ -68,7 +74,7 @@ def make_stages(grid: Grid, output: Path, models: list[str] | None = None) -> li
     runs = [_RunStages(grid, output, model, seed) for model in wanted for seed in grid.seeds[model]]
     # First seeds of all models before the second seeds of any.
     runs.sort(key=lambda run: grid.seeds[run.model].index(run.seed))
-    lists = [run.stages() for run in runs]
+    lists = [run.stages() if seeds is None or run.seed in seeds else run.sweep() for run in runs]
     stages = [stage for of_run in lists for stage in of_run]
     if grid.by_stage:
         order = list(dict.fromkeys(stage.name for stage in stages))
@@ -148,10 +154,17 @@ class _RunStages:
     def name(self) -> str:
         return run_name(self.model, self.seed)
 
+    @property
+    def is_first(self) -> bool:
+        return self.seed == self.grid.seeds[self.model][0]
+
+    def sweep(self) -> Iterator[Stage]:
+        if self.is_first and len(self.grid.learning_rates) > 1:
+            yield from map(self._sweep, self.grid.learning_rates)
+
     def stages(self) -> Iterator[Stage]:
-        grid, is_first = self.grid, self.seed == self.grid.seeds[self.model][0]
-        if is_first and len(grid.learning_rates) > 1:
-            yield from map(self._sweep, grid.learning_rates)
+        grid, is_first = self.grid, self.is_first
+        yield from self.sweep()
         yield self._train()
         yield self._eval("evaluate", "train", self._workdir(), grid.evaluation)
         yield self._copying()
@@ -197,7 +210,7 @@ class _RunStages:
     def _training(
         self, stage: str, config: Callable[[], list[str]], keep: bool = True, **fields: Any
     ) -> Stage:
-        """A run of train.py; `keep`: its parameters are still needed."""
+        """A run of train.py; `keep`: other stages read its parameters."""
         workdir = self._workdir(stage)
 
         def command() -> list[str]:
@@ -213,7 +226,7 @@ class _RunStages:
 
         return Stage(
             run=self.name, name=stage, workdir=workdir, collect=collect,
-            command=command, **fields,
+            command=command, leaves=workdir / CHECKPOINTS if keep else None, **fields,
         )  # fmt: skip
 
     def _sweep(self, rate: float) -> Stage:

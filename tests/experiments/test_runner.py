@@ -53,8 +53,7 @@ def run(tmp_path: Path, stages: list[Stage], gpus: tuple[str, ...] = (), seconds
 def test_order_is_that_of_the_list_and_of_needs(tmp_path, log, stage):
     waiting = stage("second", needs=(("run", "third"),))
     assert run(tmp_path, [stage("first"), waiting, stage("third")]) == 0
-    begun = [line.split()[1] for line in log.read_text().splitlines() if line.startswith("begin")]
-    assert begun == ["first", "third", "second"]
+    assert begun(log) == ["first", "third", "second"]
 
 
 def test_finished_stages_are_skipped(tmp_path, log, stage):
@@ -103,12 +102,55 @@ def test_what_is_timed_has_its_gpu_alone(tmp_path, log, stage):
     assert lines == ["begin a", "end a", "begin timed", "end timed", "begin b", "end b"]
 
 
-def test_parameters_that_are_gone_are_told(tmp_path, log, stage, capfd):
-    write_result(tmp_path, "run", "train", {"stage_seconds": 1.0})
-    reader = stage("evaluate", needs=(("run", "train"),), checkpoint=tmp_path / "gone")
-    assert run(tmp_path, [stage("train"), reader, stage("other")]) == 1
-    assert "gone/checkpoints is gone; delete the results" in capfd.readouterr().out
-    assert log.read_text() == "begin other\nend other\n"
+@pytest.fixture
+def carried(tmp_path, stage) -> list[Stage]:  # type: ignore[no-untyped-def]
+    """A run whose results came from another machine, without the one that is read last."""
+    trained, tuned = tmp_path / "train", tmp_path / "fine_tune"
+    of_train = {"needs": (("run", "train"),), "checkpoint": trained}
+    of_tuned = {"needs": (("run", "fine_tune"),), "checkpoint": tuned}
+    stages = [
+        stage("sweep", workdir=tmp_path / "sweep"),
+        stage("train", needs=(("run", "sweep"),), workdir=trained, leaves=trained / "checkpoints"),
+        stage("evaluate", **of_train),
+        stage("speed"),
+        stage("fine_tune", workdir=tuned, leaves=tuned / "checkpoints", **of_train),
+        stage("retrieval", **of_tuned),
+    ]
+    for finished in stages[:-1]:
+        write_result(tmp_path, "run", finished.name, {"stage_seconds": 1.0})
+    return stages
+
+
+def begun(log: Path) -> list[str]:
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [line.split()[1] for line in lines if line.startswith("begin")]
+
+
+def test_results_are_enough_where_nothing_reads_parameters(tmp_path, log, carried):
+    write_result(tmp_path, "run", "retrieval", {"stage_seconds": 1.0})
+    assert run(tmp_path, carried) == 0
+    assert begun(log) == []
+
+
+def test_parameters_that_are_gone_are_trained_again(tmp_path, log, carried, capfd):
+    """And all that was read from them, but not the sweep nor what needs none."""
+    assert run(tmp_path, carried) == 0
+    assert begun(log) == ["train", "evaluate", "fine_tune", "retrieval"]
+    assert "run train is done again: files of this run are gone" in capfd.readouterr().out
+
+
+def test_results_of_a_training_that_is_gone_do_not_outlast_a_kill(tmp_path, log, carried):
+    assert run(tmp_path, carried, seconds=-1) == 0
+    (tmp_path / "train" / "checkpoints").mkdir(parents=True)  # of the first steps alone
+    assert run(tmp_path, carried) == 0
+    assert begun(log)[:2] == ["train", "evaluate"]
+
+
+def test_a_checkpoint_that_is_there_is_read(tmp_path, log, carried):
+    for name in ("train", "fine_tune"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    assert run(tmp_path, carried) == 0
+    assert begun(log) == ["retrieval"]
 
 
 def test_what_a_stage_left_is_made_again_only_if_it_is_read(tmp_path, log, stage):

@@ -8,7 +8,8 @@ import pytest
 
 from asa_jax.flags import PROJECT
 from experiments.grid import Grid, load_grid
-from experiments.results import write_result
+from experiments.results import read_result, write_result
+from experiments.runner import Runner, make_slots
 from experiments.stages import Stage, learning_rate, make_stages
 
 GRIDS = PROJECT / "experiments" / "grids"
@@ -34,6 +35,32 @@ def test_stages_come_after_those_that_they_need(main_grid, tmp_path):
 def test_first_seeds_of_all_models_come_first(main_grid, tmp_path):
     seeds = [stage.run[-1] for stage in make_stages(main_grid, tmp_path) if stage.name == "train"]
     assert seeds == ["0"] * 9 + ["1"] * 3 + ["2"] * 3
+
+
+def test_a_seed_alone_keeps_the_sweep_of_the_first(main_grid, tmp_path):
+    stages = make_stages(main_grid, tmp_path, ["45m/asa"], [1])
+    assert {s.run for s in stages if not s.name.startswith("sweep")} == {"45m_asa_s1", "shared"}
+    assert [s.key for s in stages[:4]] == [
+        *(("45m_asa_s0", f"sweep_{rate:g}") for rate in main_grid.learning_rates),
+        ("45m_asa_s1", "train"),
+    ]
+    assert {s.run for s in make_stages(main_grid, tmp_path, ["45m/full"], [0])} == {
+        "45m_full_s0",
+        "shared",
+    }
+
+
+def test_a_measured_run_is_left_alone_on_a_new_machine(main_grid, tmp_path):
+    """All results without any checkpoint: nothing is begun, and none is taken back."""
+    stages = make_stages(main_grid, tmp_path, ["45m/asa"], [0])
+    for stage in stages:
+        write_result(tmp_path, *stage.key, {"stage_seconds": 1.0, "validation_loss": 3.0})
+    runner = Runner(stages, tmp_path, make_slots([]), {"PATH": "/nowhere"}, deadline=None)
+    assert runner.run() == 0
+    assert not (tmp_path / "logs").exists()
+    # The other seeds begin with their training: the sweep is not repeated.
+    later = make_stages(main_grid, tmp_path, ["45m/asa"], [1])
+    assert next(s.name for s in later if read_result(tmp_path, *s.key) is None) == "train"
 
 
 def test_a_young_grid_takes_all_models_through_a_stage(tmp_path):
