@@ -172,7 +172,7 @@ class _RunStages:
             files = [f"--multiple_choice={file}" for file in grid.choices]
             yield self._eval("choices", "train", self._workdir(), {"tasks": ""}, files)
         if is_first and grid.speed is not None:
-            yield self._timed("speed", ["-m", "asa_jax.training.speed"], grid.speed)
+            yield self._speed(grid.speed)
         if is_first and self.model in grid.continued and grid.continuation:
             yield self._second("continue", grid.continuation.settings)
             yield self._eval(
@@ -187,7 +187,9 @@ class _RunStages:
             )
         if is_first and grid.decode_lengths:
             lengths = ",".join(map(str, grid.decode_lengths))
-            yield self._timed("decode", ["-m", "experiments.decode_time", f"--lengths={lengths}"])
+            yield self._timed(
+                "decode", ["-m", "experiments.decode_time", f"--lengths={lengths}"], self._config
+            )
 
     def _workdir(self, stage: str = "train") -> Path:
         return self.output / "runs" / self.name / stage
@@ -235,15 +237,24 @@ class _RunStages:
             _sweep_name(rate), lambda: self._config(settings, rate=rate), keep=False
         )
 
-    def _train(self) -> Stage:
-        first = run_name(self.model, self.grid.seeds[self.model][0])
+    def _rates(self) -> tuple[tuple[str, str], ...]:
+        """The results that choose the learning rate."""
         rates = self.grid.learning_rates
-        needs = [(first, _sweep_name(rate)) for rate in rates] if len(rates) > 1 else []
+        first = run_name(self.model, self.grid.seeds[self.model][0])
+        return tuple((first, _sweep_name(rate)) for rate in rates) if len(rates) > 1 else ()
 
-        def config() -> list[str]:
-            return self._config(rate=learning_rate(self.grid, self.output, self.model))
+    def _chosen_config(self, settings: Settings) -> list[str]:
+        return self._config(settings, rate=learning_rate(self.grid, self.output, self.model))
 
-        return self._training("train", config, needs=tuple(needs))
+    def _train(self) -> Stage:
+        return self._training("train", lambda: self._chosen_config({}), needs=self._rates())
+
+    def _speed(self, settings: Settings) -> Stage:
+        """At the rate of the training, whose compiled program it then finds."""
+        return self._timed(
+            "speed", ["-m", "asa_jax.training.speed"], lambda: self._chosen_config(settings),
+            needs=self._rates(),
+        )  # fmt: skip
 
     def _second(self, stage: str, settings: Settings, shared: str | None = None) -> Stage:
         """A training that goes on from the parameters of the first one."""
@@ -293,10 +304,12 @@ class _RunStages:
             command=lambda: command, collect=lambda _: json.loads(file.read_text()),
         )  # fmt: skip
 
-    def _timed(self, stage: str, command: list[str], settings: Settings | None = None) -> Stage:
+    def _timed(
+        self, stage: str, command: list[str], config: Callable[[], list[str]], **fields: Any
+    ) -> Stage:
         return Stage(
             run=self.name, name=stage, collect=_json_lines, alone=True,
-            command=lambda: [*command, *self._config(settings or {})],
+            command=lambda: [*command, *config()], **fields,
         )  # fmt: skip
 
 

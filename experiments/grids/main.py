@@ -29,7 +29,7 @@ GRID = Grid(
         settings={
             "training.steps": 150,
             "training.eval_every_steps": 150,
-            "training.checkpoint_every_steps": 50,
+            "training.checkpoint_every_steps": 150,
             "optimizer.warmup_steps": 50,
         }
     ),
@@ -49,7 +49,7 @@ GRID = Grid(
         "tasks": TASKS,
         "lengths": "1024,2048,4096,8192",
         "depths": "0,0.25,0.5,0.75,1",
-        "samples": 100,
+        "samples": 50,
     },
     continuation=Training(
         settings={
@@ -57,13 +57,13 @@ GRID = Grid(
             "data.batch_size": 4,
             "training.steps": 150,
             "training.eval_every_steps": 150,
-            "training.checkpoint_every_steps": 50,
+            "training.checkpoint_every_steps": 150,
             "optimizer.learning_rate": 5e-4,
             "optimizer.warmup_steps": 20,
         }
     ),
     continued=THREE_SEEDS,
     long_evaluation={"tasks": "perplexity", "lengths": "32768", "perplexity_tokens": 2**21},
-    speed={"data.batch_size": 8},
+    speed={},
     decode_lengths=(8192, 32768),
 )

@@ -26,7 +26,7 @@ GRID = Grid(
         settings={
             "training.steps": 150,
             "training.eval_every_steps": 150,
-            "training.checkpoint_every_steps": 50,
+            "training.checkpoint_every_steps": 150,
             "optimizer.warmup_steps": 50,
         }
     ),

@@ -91,6 +91,16 @@ def test_the_rate_of_the_least_loss_is_taken(main_grid, tmp_path):
     assert "--config.optimizer.learning_rate=0.002" in command
 
 
+def test_speed_is_measured_with_the_program_of_the_training(main_grid, tmp_path):
+    """Rates and schedule are constants of the program: with others it is compiled again."""
+    for rate in main_grid.learning_rates:
+        write_result(tmp_path, "45m_asa_s0", f"sweep_{rate:g}", {"validation_loss": rate})
+    stages = by_key(main_grid, tmp_path)
+    flags = [stages["45m_asa_s0", name].command()[2:] for name in ("train", "speed")]
+    assert flags[0] == flags[1] and "--config.optimizer.learning_rate=0.001" in flags[0]
+    assert stages["45m_asa_s0", "speed"].needs == stages["45m_asa_s0", "train"].needs
+
+
 def test_choices_are_a_stage_of_the_first_seed(main_grid, tmp_path):
     grid = dataclasses.replace(main_grid, choices=("piqa.jsonl", "arc.jsonl"))
     found = [stage for stage in make_stages(grid, tmp_path) if stage.name == "choices"]
