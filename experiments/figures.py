@@ -19,8 +19,9 @@ _COLOURS = matplotlib.colormaps["tab10"]
 
 
 def draw_losses(data: Comparison, path: Path) -> bool:
-    """Training loss over tokens, smoothed, first seed of each model."""
-    runs = [run for model in data.models if "train" in (run := data.of(model)[0]).stages]
+    """Training loss over tokens, smoothed, first seed of each model that has been trained."""
+    trained = [[run for run in data.of(m) if "train" in run.stages] for m in data.models]
+    runs = [of_model[0] for of_model in trained if of_model]
     if not runs:
         return False
     figure = Figure((8, 5), dpi=DPI, layout="constrained")

@@ -148,6 +148,23 @@ def test_nothing_measured_yet_is_a_page_too(tmp_path):
     assert text.count("- train: 15m_full_s0, 15m_full_s1") == 1
 
 
+def test_arms_that_were_not_run_are_shown_as_missing(tmp_path):
+    """One run alone, which is not of the baseline: no differences, a curve and positions of it."""
+    write_grid(tmp_path, GRID)
+    write_run(tmp_path, "15m/asa", 1)
+    path = tmp_path / "page.md"
+    report.main([str(tmp_path), f"--output={path}"])
+    text = path.read_text()
+    rows = {
+        line.split("|")[1].strip(): line.split("|") for line in text.splitlines() if "|" in line
+    }
+    assert "1 of 3" in text and "minus 15m/full" not in text
+    assert {cell.strip() for cell in rows["15m/nsa"][2:-1]} == {report.NOTHING}
+    assert "- train: 15m_full_s0, 15m_full_s1, 15m_full_s2, 15m_asa_s0, 15m_asa_s2" in text
+    for name in ("losses", "positions"):
+        assert (tmp_path / "results" / f"page_{name}.png").stat().st_size > 10_000
+
+
 def test_no_results_and_no_marks_are_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main([str(tmp_path), "--output=page.md"])
