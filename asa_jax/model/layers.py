@@ -5,7 +5,7 @@ Weights are float32 masters; they are cast to the dtype of the activations where
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -50,21 +50,9 @@ class Projection(nnx.Module):
         of_bias = [shape[i] for i in bias], tuple(axes[i] for i in bias)
         self.bias = nnx.Param(jnp.zeros(of_bias[0], jnp.float32), axes=of_bias[1]) if bias else None
 
-    def __call__(
-        self,
-        equation: str,
-        x: jax.Array,
-        activation: Callable[[jax.Array], jax.Array] | None = None,
-    ) -> jax.Array:
-        """Returns einsum(equation, activation(x), weight) + bias in the dtype of x.
-
-        The backward pass keeps x and applies the activation anew.
-        """
-        weight = self.matrix(x)
-        if activation is None:
-            y = _product(equation, x, weight)
-        else:
-            y = jax.checkpoint(lambda x, w: jnp.einsum(equation, activation(x), w))(x, weight)
+    def __call__(self, equation: str, x: jax.Array) -> jax.Array:
+        """Returns einsum(equation, x, weight) + bias in the dtype of x."""
+        y = _product(equation, x, self.matrix(x))
         return y if self.bias is None else y + _broadcast(self.bias[...].astype(x.dtype), equation)
 
     def matrix(self, x: jax.Array) -> jax.Array:
@@ -174,24 +162,24 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D]."""
         if self.joined is not None and self.padded_down is not None:
-            gate_and_up = jnp.stack(self.joined(x), axis=-2)
-            return _gated(gate_and_up) @ self.padded_down[...].astype(x.dtype)
-        return self.down("...F,FD->...D", self._gate_and_up(x), activation=_gated)
+            gate, up = self.joined(x)
+            return jax.nn.silu(gate) * up @ self.padded_down[...].astype(x.dtype)
+        gate, up = self._gate_and_up(x)
+        return self.down("...F,FD->...D", jax.nn.silu(gate) * up)
 
-    def _gate_and_up(self, x: jax.Array) -> jax.Array:
-        """x W_gate and x W_up, [..., 2, F]."""
+    def _gate_and_up(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x W_gate and x W_up, [..., F] each."""
         pair, weight = (self.gate, self.up), self.gate.weight
         if x.size <= weight.size or self.gate.bias is not None:
-            return jnp.stack([projection("...D,DF->...F", x) for projection in pair], axis=-2)
+            gate, up = (projection("...D,DF->...F", x) for projection in pair)
+            return gate, up
         # One product, so that the gradient of x is one too. The weights are joined for that, which
         # costs little beside the activations of training and more than the product in decoding.
-        both = jnp.stack([projection.matrix(x) for projection in pair], axis=1)
-        return jnp.einsum("...D,DEF->...EF", x, both)
-
-
-def _gated(gate_and_up: jax.Array) -> jax.Array:
-    """silu(gate) * up of [..., 2, F]: as large as half of what it is made from."""
-    return jax.nn.silu(gate_and_up[..., 0, :]) * gate_and_up[..., 1, :]
+        # The two lie side by side, feature by feature: their gradients are made of the same three
+        # numbers, which would be read again for a place far away.
+        both = jnp.stack([projection.matrix(x) for projection in pair], axis=-1)
+        both = jnp.einsum("...D,DFE->...FE", x, both)
+        return both[..., 0], both[..., 1]
 
 
 class TokenEmbedding(nnx.Module):
