@@ -163,9 +163,10 @@ class SwiGLU(nnx.Module):
         """Maps [..., D] to [..., D]."""
         if self.joined is not None and self.padded_down is not None:
             gate, up = self.joined(x)
-            return jax.nn.silu(gate) * up @ self.padded_down[...].astype(x.dtype)
-        gate, up = self._gate_and_up(x)
-        return self.down("...F,FD->...D", jax.nn.silu(gate) * up)
+            return _gated(gate, up) @ self.padded_down[...].astype(x.dtype)
+        # Between gate and up and the product of both a scan over layers keeps nothing.
+        gated = jax.checkpoint(_gated, prevent_cse=False)(*self._gate_and_up(x))
+        return self.down("...F,FD->...D", gated)
 
     def _gate_and_up(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x W_gate and x W_up, [..., F] each."""
@@ -180,6 +181,10 @@ class SwiGLU(nnx.Module):
         both = jnp.stack([projection.matrix(x) for projection in pair], axis=-1)
         both = jnp.einsum("...D,DFE->...FE", x, both)
         return both[..., 0], both[..., 1]
+
+
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
 
 
 class TokenEmbedding(nnx.Module):
