@@ -31,7 +31,9 @@ def train_to(config: Config, workdir: Path, steps: int) -> None:
 def main() -> None:
     folder, config = Path(sys.argv[1]), config_from_dict(json.load(sys.stdin))
     straight, resumed = folder / "straight", folder / "resumed"
-    train.sample = lambda *_: ""  # it takes longer to compile than the step
+    # They leave the run as it is, and take longer to compile than the step.
+    train.sample = lambda *_: ""
+    train.evaluate = lambda *_: {"validation_loss": 0.0, "validation_bits_per_byte": 0.0}
     train_to(config, straight, 20)
     train_to(config, resumed, 10)
     train_to(config, resumed, 20)

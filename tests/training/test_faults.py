@@ -183,7 +183,14 @@ def test_ten_and_ten_steps_are_twenty_on_a_gpu(make_config, token_folder, tmp_pa
         "model.compute_dtype": "bfloat16", "data.sequence_length": 1024, "data.batch_size": 4,
     }  # fmt: skip
     config = make_config(**FIELDS, **sizes, **{"data.sources": (str(token_folder),)})
+    # Without autotuning, as what is deterministic does not choose by time.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
-    # The process of the tests holds memory of the device too.
-    environment = os.environ | {"XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"{flags} --xla_gpu_autotune_level=0",
+        # The process of the tests holds memory of the device too.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        # The three parts of the run compile the same step; as train.py does, they keep it.
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     _resumed_equals_straight(config, tmp_path, environment)
