@@ -41,6 +41,7 @@ from asa_jax.sharding import make_mesh
 from asa_jax.training.checkpoint import make_meta, restore_state
 from asa_jax.training.checkpoint_writer import CheckpointWriter
 from asa_jax.training.compilation_cache import use_compilation_cache
+from asa_jax.training.device_memory import take_device_memory
 from asa_jax.training.feed import Feed
 from asa_jax.training.metrics import METRICS, PLOT, TENSORBOARD
 from asa_jax.training.processes import check_shared, joined
@@ -56,6 +57,7 @@ SAMPLE_PROMPT, SAMPLE_TOKENS = "The ", 60
 
 def main(run: Run) -> int:
     """Trains until the last step or a signal, with the other processes; returns the exit code."""
+    take_device_memory()
     use_compilation_cache()
     with joined(run.launch):
         check_shared(run.workdir / CONFIG)

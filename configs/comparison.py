@@ -46,7 +46,8 @@ def get_config(size_and_arm: str = "45m/asa") -> ConfigDict:
             "vocab_size": 32768,
             "hidden_size": hidden_size,
             "tie_embeddings": True,
-            "remat": "dots",
+            "remat": "none",
+            "scan_layers": False,
         }
     )
     config.data.update(

@@ -36,6 +36,7 @@ from jax.profiler import ProfileData
 
 from asa_jax.errors import UserError
 from asa_jax.sharding import make_mesh
+from asa_jax.training.device_memory import take_device_memory
 from asa_jax.training.feed import Feed
 from asa_jax.training.run_directory import open_sources
 from asa_jax.training.step import Trainer, TrainState, make_trainer
@@ -251,6 +252,7 @@ def _share(seconds: float, breakdown: Breakdown) -> str:
 
 def main(config: Config, output: Path | None, number_of_kernels: int) -> None:
     """Measures, prints the tables and writes them where asked to."""
+    take_device_memory()
     record = profile_steps(config)
     breakdown, program = record.pop("breakdown"), record.pop("program")
     about = describe_setting([record], "asa_jax.training.breakdown", None)

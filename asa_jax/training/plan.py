@@ -39,6 +39,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from asa_jax.errors import ConfigError
 from asa_jax.sharding import MESH_AXES, mesh_sizes
+from asa_jax.training.device_memory import MEMORY_SHARE
 from asa_jax.training.flops import flops_per_token
 from asa_jax.training.plan_collectives import planned_collectives
 from asa_jax.training.plan_documents import count_documents
@@ -49,7 +50,6 @@ from asa_jax.training.plan_time import step_time
 from asa_jax.training.step import make_trainer
 
 SECONDS_PER_DAY = 86_400
-JAX_MEMORY_SHARE = 0.75  # of a device's memory, which it takes unless told otherwise
 GIB, GB = 2**30, 1e9
 
 
@@ -188,13 +188,11 @@ def table(plan: dict[str, Any]) -> str:
 
 
 def _remark(memory_share: float) -> str:
-    """What the memory asks for; empty where JAX gives it unasked."""
-    if memory_share <= JAX_MEMORY_SHARE:
+    """Whether that fits; empty where it does even if the plan is wrong by a tenth."""
+    if 1.1 * memory_share <= MEMORY_SHARE:
         return ""
-    if memory_share > 1:
-        return "  DOES NOT FIT"
-    # A tenth more than the plan, by which it may be wrong.
-    return f"  needs XLA_CLIENT_MEM_FRACTION={min(0.98, 1.1 * memory_share):.2f}"
+    taken = f"{MEMORY_SHARE:.0%} of a device that a run takes"
+    return f"  {'DOES NOT FIT' if memory_share > MEMORY_SHARE else 'near'} the {taken}"
 
 
 def main(config: Config, devices: int, kind: str, document_rows: int, output: str | None) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 from asa_jax.sharding import make_mesh
+from asa_jax.training.device_memory import take_device_memory
 from asa_jax.training.feed import Feed
 from asa_jax.training.flops import flops_per_token, peak_flops
 from asa_jax.training.run_directory import open_sources
@@ -34,6 +35,7 @@ INPUT_BATCHES = 8
 
 def main(config: Config) -> None:
     """Compiles, prints, waits for a line and measures."""
+    take_device_memory()
     sources = open_sources(config)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), Feed(config, sources, mesh) as feed:

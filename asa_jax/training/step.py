@@ -29,9 +29,14 @@ Metrics = dict[str, jax.Array]
 SPIKE_AVERAGE_STEPS = 100
 SPIKE_FIRST_STEPS = 20
 
-# A kernel whose result a scan over layers keeps would run twice: once for what follows, and once
-# fused with the write into the stacked array.
-STEP_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
+STEP_OPTIONS = {
+    # A kernel whose result a scan over layers keeps would run twice: once for what follows, and
+    # once fused with the write into the stacked array.
+    "xla_gpu_enable_dynamic_slice_fusion": False,
+    # XLA computes products anew where a step needs more than so many percent of 80% of the memory
+    # that its state leaves; a run takes more than that (`device_memory`).
+    "xla_gpu_memory_limit_slop_factor": 110,
+}
 
 
 class TrainState(NamedTuple):
