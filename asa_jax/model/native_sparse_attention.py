@@ -342,9 +342,9 @@ class NativeSparseAttention(nnx.Module):
 
     def _combine(self, x: jax.Array, outputs: dict[str, jax.Array]) -> jax.Array:
         gates = jax.nn.sigmoid(self.gates("BTD,DNE->BTNE", x))
-        stacked = jnp.stack([outputs[branch] for branch in self.cfg.nsa_branches], axis=-2)
-        mixed = jnp.sum(gates[..., None] * stacked, axis=-2)
-        return self.output("BTNH,NHD->BTD", mixed)
+        # Not stacked, which would store them all once more.
+        gated = [gates[..., i, None] * outputs[n] for i, n in enumerate(self.cfg.nsa_branches)]
+        return self.output("BTNH,NHD->BTD", sum(gated[1:], start=gated[0]))
 
     def _append_summaries(
         self, cache: SparseCache, recent: KeyValue, chunk: Chunk, size: int
