@@ -73,7 +73,10 @@ class GroupedQueryAttention(nnx.Module):
 
     def join(self) -> None:
         """Joins what multiplies the same vectors, for a loop of steps with few of them."""
-        self.joined = join((self.query, 0), (self.key_value, 1))
+        self.joined = join(
+            (self.query, 0), (self.key_value, 1),
+            output=self.output, implementation=self.cfg.implementation,
+        )  # fmt: skip
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
@@ -109,11 +112,11 @@ class GroupedQueryAttention(nnx.Module):
         return self.output("BTNH,NHD->BTD", output), cache
 
     def decode(
-        self, x: jax.Array, position: jax.Array, cache: GroupedQueryCache
+        self, x: jax.Array, norm: RMSNorm, position: jax.Array, cache: GroupedQueryCache
     ) -> tuple[jax.Array, GroupedQueryCache]:
-        """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
+        """Appends one token a row, x [B, D], to the cache, and gives x + attention(norm(x))."""
         rows, padded = position.size, pad_rows(position, x.shape[0])[:, None]
-        query, key, value = (a[:rows] for a in self.project(x[:, None], padded))
+        query, key, value = (a[:rows] for a in self.project(x[:, None], padded, norm))
         slots = cache.key.shape[1]
         slot = position % slots
         cache = GroupedQueryCache(
@@ -123,15 +126,21 @@ class GroupedQueryAttention(nnx.Module):
         output, _ = attend_cache(
             query[:, 0], Keys(*cache), lengths, self.scale, self.cfg.implementation
         )
-        return self.output("BNH,NHD->BD", pad_rows(output, x.shape[0])), cache
+        output = pad_rows(output, x.shape[0])
+        if self.joined is not None:
+            return self.joined.add_output(x, output), cache
+        return x + self.output("BNH,NHD->BD", output), cache
 
-    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
-        """Rotated queries [B, T, N, H] and keys, and values, of tokens [B, T, D]."""
-        if self.joined is None:
+    def project(
+        self, x: jax.Array, positions: jax.Array, norm: RMSNorm | None = None
+    ) -> tuple[jax.Array, ...]:
+        """Rotated queries [B, T, N, H] and keys, and values, of norm(x) of tokens [B, T, D]."""
+        if self.joined is None or norm is None:
+            x = x if norm is None else norm(x)
             query = self.query("BTD,DNH->BTNH", x)
             key, value = self.key_value("BTD,PDKH->PBTKH", x)
         else:
-            query, pair = self.joined(x)
+            query, pair = self.joined.project(x, norm)
             key, value = jnp.moveaxis(pair, 2, 0)
         query = constrain(query, "batch", "sequence", "heads", "head_dim")
         if self.query_norm is not None and self.key_norm is not None:

@@ -116,7 +116,10 @@ class LatentAttention(nnx.Module):
 
     def join(self) -> None:
         """Joins what multiplies the same vectors, for a loop of steps with few of them."""
-        self.joined = join((self.query.first, 0), (self.down, 0), (self.rope_key, 0))
+        self.joined = join(
+            (self.query.first, 0), (self.down, 0), (self.rope_key, 0),
+            output=self.output, implementation=self.cfg.implementation,
+        )  # fmt: skip
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
@@ -157,11 +160,12 @@ class LatentAttention(nnx.Module):
         return self.output("BTNH,NHD->BTD", output), cache
 
     def decode(
-        self, x: jax.Array, position: jax.Array, cache: LatentCache
+        self, x: jax.Array, norm: RMSNorm, position: jax.Array, cache: LatentCache
     ) -> tuple[jax.Array, LatentCache]:
-        """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
+        """Appends one token a row, x [B, D], to the cache, and gives x + attention(norm(x))."""
         rows, padded = position.size, pad_rows(position, x.shape[0])[:, None]
-        query, latent, rope_key = (a[:rows] for a in self.project_absorbed(x[:, None], padded))
+        projected = self.project_absorbed(x[:, None], padded, norm)
+        query, latent, rope_key = (a[:rows] for a in projected)
         slots = cache.latent.shape[1]
         cache = LatentCache(
             write(cache.latent, position % slots, latent[:, 0]),
@@ -170,15 +174,20 @@ class LatentAttention(nnx.Module):
         keys = Keys(cache.latent[:, :, None], rope_key=cache.rope_key)
         lengths = jnp.minimum(position + 1, slots)
         mixed, _ = attend_cache(query[:, 0], keys, lengths, self.scale, self.cfg.implementation)
-        mixed = pad_rows(mixed, x.shape[0])
-        return self.output("BNH,NHD->BD", self.value_up("BNR,RNH->BNH", mixed)), cache
+        mixed = self.value_up("BNR,RNH->BNH", pad_rows(mixed, x.shape[0]))
+        if self.joined is not None:
+            return self.joined.add_output(x, mixed), cache
+        return x + self.output("BNH,NHD->BD", mixed), cache
 
-    def project_absorbed(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
-        """Absorbed queries [B, T, N, R + HR], latents and rotated keys of tokens [B, T, D]."""
-        if self.joined is None:
+    def project_absorbed(
+        self, x: jax.Array, positions: jax.Array, norm: RMSNorm | None = None
+    ) -> tuple[jax.Array, ...]:
+        """Absorbed queries [B, T, N, R + HR], latents, rotated keys of norm(x) of x [B, T, D]."""
+        if self.joined is None or norm is None:
+            x = x if norm is None else norm(x)
             (nope, rope), compressed = self.query(x, positions), self._compress(x, positions)
         else:
-            query, latent, rope_key = self.joined(x)
+            query, latent, rope_key = self.joined.project(x, norm)
             nope, rope = self.query.finish(query, positions)
             compressed = self._place(latent, rope_key, positions)
         query = jnp.concatenate([self.key_up("BTNH,RNH->BTNR", nope), rope], axis=-1)

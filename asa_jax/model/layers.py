@@ -6,6 +6,7 @@ Weights are float32 masters; they are cast to the dtype of the activations where
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 
 from asa_jax.config import ModelConfig
 from asa_jax.sharding import gather_embed, gathered, sharded, tensor_shards
+from pallas_kernels.decode_linear import decode_linear
 
 # 8 parts, as XLA splits a sum into, of 8 numbers or more, as it copies at once.
 FEATURES_MULTIPLE = 64
@@ -87,27 +89,68 @@ def _broadcast(bias: jax.Array, equation: str) -> jax.Array:
 
 
 class JoinedProjections(nnx.Module):
-    """Projections of the same vectors as one product, in the place of a small one for each."""
+    """The weights of attention or of an MLP as steps of decoding take them, in few kernels.
 
-    def __init__(self, weights: Sequence[jax.Array]) -> None:
-        """Joins weights [D, ...] of projections without biases."""
+    Projections of the same vectors are one product in the place of a small one for each, with the
+    norm before it; the product that ends the part of the layer adds to the hidden states.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[jax.Array],
+        output: jax.Array,
+        implementation: Literal["xla"] | None,
+    ) -> None:
+        """Joins weights of projections without biases.
+
+        Args:
+            weights: [D, ...] each, of the same vectors.
+            output: [..., D], of the last product.
+            implementation: of the products; None for the best.
+        """
         self.shapes = tuple(weight.shape[1:] for weight in weights)
         joined = [weight.reshape(weight.shape[0], -1) for weight in weights]
         self.weight = nnx.Param(jnp.concatenate(joined, axis=1))
+        self.output = nnx.Param(output.reshape(-1, output.shape[-1]))
+        self.implementation = implementation
 
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """Maps [..., D] to what each projection makes of it: [..., *rest of its weight]."""
+    def project(self, x: jax.Array, norm: "RMSNorm") -> list[jax.Array]:
+        """Maps [..., D] to what each makes of norm(x): [..., *rest of its weight]."""
         ends = list(itertools.accumulate(map(math.prod, self.shapes)))
-        parts = jnp.split(x @ self.weight[...].astype(x.dtype), ends[:-1], axis=-1)
+        parts = jnp.split(self._multiply(x, norm), ends[:-1], axis=-1)
         kept = x.shape[:-1]
         return [y.reshape(*kept, *shape) for y, shape in zip(parts, self.shapes, strict=True)]
 
+    def gate(self, x: jax.Array, norm: "RMSNorm") -> jax.Array:
+        """Maps [B, D] to silu(norm(x) W_0) * (norm(x) W_1), of the two weights."""
+        return self._multiply(x, norm, gated=True)
 
-def join(*projections: tuple[Projection, int]) -> JoinedProjections | None:
+    def add_output(self, residual: jax.Array, x: jax.Array) -> jax.Array:
+        """Maps x [B, ...] by the last product and adds it to [B, D]."""
+        return decode_linear(
+            x.reshape(x.shape[0], -1), self.output[...].astype(x.dtype), residual=residual,
+            implementation=self.implementation,
+        )  # fmt: skip
+
+    def _multiply(self, x: jax.Array, norm: "RMSNorm", *, gated: bool = False) -> jax.Array:
+        y = decode_linear(
+            x.reshape(-1, x.shape[-1]), self.weight[...].astype(x.dtype),
+            norm_scale=norm.scale[...], epsilon=norm.epsilon, gated=gated,
+            implementation=self.implementation,
+        )  # fmt: skip
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def join(
+    *projections: tuple[Projection, int],
+    output: Projection,
+    implementation: Literal["xla"] | None,
+) -> JoinedProjections | None:
     """Joins projections, each with the axis of its weight that is summed; None with biases."""
-    if any(projection.bias is not None for projection, _ in projections):
+    if any(projection.bias is not None for projection, _ in (*projections, (output, 0))):
         return None
-    return JoinedProjections([jnp.moveaxis(p.weight[...], axis, 0) for p, axis in projections])
+    weights = [jnp.moveaxis(p.weight[...], axis, 0) for p, axis in projections]
+    return JoinedProjections(weights, output.weight[...], implementation)
 
 
 class RMSNorm(nnx.Module):
@@ -143,8 +186,8 @@ class SwiGLU(nnx.Module):
         self.down = Projection(
             into[::-1], ("mlp", "embed"), residual_stddev(cfg), bias=bias, rngs=rngs
         )
+        self.implementation = cfg.implementation
         self.joined: JoinedProjections | None = nnx.data(None)
-        self.padded_down: nnx.Param | None = nnx.data(None)
 
     def join(self) -> None:
         """Joins what multiplies the same vectors, for a loop of steps with few of them.
@@ -155,18 +198,23 @@ class SwiGLU(nnx.Module):
             return
         gate, up, down = (p.weight[...] for p in (self.gate, self.up, self.down))
         padding = (0, -down.shape[0] % FEATURES_MULTIPLE)
-        self.joined = JoinedProjections([jnp.pad(w, ((0, 0), padding)) for w in (gate, up)])
-        self.padded_down = nnx.Param(jnp.pad(down, (padding, (0, 0))))
+        gate_and_up = [jnp.pad(w, ((0, 0), padding)) for w in (gate, up)]
+        down = jnp.pad(down, (padding, (0, 0)))
+        self.joined = JoinedProjections(gate_and_up, down, self.implementation)
 
     @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D]."""
-        if self.joined is not None and self.padded_down is not None:
-            gate, up = self.joined(x)
-            return _gated(gate, up) @ self.padded_down[...].astype(x.dtype)
         # Between gate and up and the product of both a scan over layers keeps nothing.
         gated = jax.checkpoint(_gated, prevent_cse=False)(*self._gate_and_up(x))
         return self.down("...F,FD->...D", gated)
+
+    @jax.named_scope("mlp")
+    def decode(self, x: jax.Array, norm: RMSNorm) -> jax.Array:
+        """Maps hidden states of one token a row, [B, D], to x + y(norm(x))."""
+        if self.joined is None:
+            return x + self(norm(x))
+        return self.joined.add_output(x, self.joined.gate(x, norm))
 
     def _gate_and_up(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x W_gate and x W_up, [..., F] each."""
