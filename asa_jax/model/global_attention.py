@@ -97,9 +97,13 @@ class GroupLatentAttention(nnx.Module):
     def join(self) -> None:
         """Joins what multiplies the same vectors, for a loop of steps with few of them."""
         self.joined = join(
-            (self.query.first, 0), (self.down, 0), (self.rope_key, 0), (self.gates, 0),
-            output=self.output, implementation=self.cfg.implementation,
-        )  # fmt: skip
+            [
+                *self.query.first_weights(),
+                *(p.unbiased() for p in (self.down, self.rope_key, self.gates)),
+            ],
+            self.output,
+            self.cfg.implementation,
+        )
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D].
@@ -177,6 +181,8 @@ class GroupLatentAttention(nnx.Module):
             query, compressed_keys, complete_blocks(position, self.cfg), self.scale,
             self.cfg.implementation,
         )  # fmt: skip
+        # Its splits are merged while blocks are chosen, and not with those of the other branch.
+        compressed = jax.lax.optimization_barrier(compressed)
         block_indices = update_selection(
             query, compressed_keys, lse, cache.block_indices, position, self.cfg, self.scale
         )
@@ -198,8 +204,8 @@ class GroupLatentAttention(nnx.Module):
             x = norm(x)
             absorbed = self._absorb(*self.query(x, positions))
             return absorbed, *self._compress(x, positions), self._gate(x)
-        query, latent, rope_key, gate = self.joined.project(x, norm)
-        absorbed = self._absorb(*self.query.finish(query, positions))
+        *first, latent, rope_key, gate = self.joined.project(x, norm)
+        absorbed = self._absorb(*self.query.finish(first, positions))
         return absorbed, *self._place(latent, rope_key, positions), jax.nn.sigmoid(gate)
 
     def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

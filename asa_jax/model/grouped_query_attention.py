@@ -74,9 +74,10 @@ class GroupedQueryAttention(nnx.Module):
     def join(self) -> None:
         """Joins what multiplies the same vectors, for a loop of steps with few of them."""
         self.joined = join(
-            (self.query, 0), (self.key_value, 1),
-            output=self.output, implementation=self.cfg.implementation,
-        )  # fmt: skip
+            [self.query.unbiased(), self.key_value.unbiased(1)],
+            self.output,
+            self.cfg.implementation,
+        )
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""

@@ -13,6 +13,7 @@ to the weighted sum of latents. Training expands the keys, decoding absorbs.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -75,18 +76,29 @@ class DecoupledQuery(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps x [B, T, D] to position-free [B, T, N, HC] and rotated [B, T, N, HR] queries."""
-        first = self.down("BTD,DR->BTR", x) if self.cfg.q_lora_rank else None
-        return self.finish(self.up("BTD,DNH->BTNH", x) if first is None else first, positions)
-
-    @property
-    def first(self) -> Projection:
-        """The projection that takes x."""
-        return self.down if self.cfg.q_lora_rank else self.up
-
-    def finish(self, query: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """As `__call__`, of what `first` makes of x."""
         if self.cfg.q_lora_rank:
-            query = self.up("BTD,DNH->BTNH", self.norm(query))
+            return self.finish([self.down("BTD,DR->BTR", x)], positions)
+        return self._place(self.up("BTD,DNH->BTNH", x), positions)
+
+    def first_weights(self) -> Sequence[jax.Array | None]:
+        """The weights that take x, [D, ..] each, None with a bias.
+
+        Both parts of the queries have their own, so that nothing must cut them apart.
+        """
+        if self.cfg.q_lora_rank:
+            return [self.down.unbiased()]
+        return jnp.split(self.up.weight[...], [self.cfg.qk_nope_head_dim], axis=-1)
+
+    def finish(
+        self, first: Sequence[jax.Array], positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `__call__`, of what each of `first_weights` makes of x."""
+        if self.cfg.q_lora_rank:
+            return self._place(self.up("BTD,DNH->BTNH", self.norm(*first)), positions)
+        nope, rope = first
+        return nope, rotate(rope, positions, self.cfg.rope_theta, self.cfg.rope_scaling)
+
+    def _place(self, query: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         query = constrain(query, "batch", "sequence", "heads", "head_dim")
         nope, rope = jnp.split(query, [self.cfg.qk_nope_head_dim], axis=-1)
         return nope, rotate(rope, positions, self.cfg.rope_theta, self.cfg.rope_scaling)
@@ -117,9 +129,10 @@ class LatentAttention(nnx.Module):
     def join(self) -> None:
         """Joins what multiplies the same vectors, for a loop of steps with few of them."""
         self.joined = join(
-            (self.query.first, 0), (self.down, 0), (self.rope_key, 0),
-            output=self.output, implementation=self.cfg.implementation,
-        )  # fmt: skip
+            [*self.query.first_weights(), self.down.unbiased(), self.rope_key.unbiased()],
+            self.output,
+            self.cfg.implementation,
+        )
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
@@ -187,8 +200,8 @@ class LatentAttention(nnx.Module):
             x = x if norm is None else norm(x)
             (nope, rope), compressed = self.query(x, positions), self._compress(x, positions)
         else:
-            query, latent, rope_key = self.joined.project(x, norm)
-            nope, rope = self.query.finish(query, positions)
+            *first, latent, rope_key = self.joined.project(x, norm)
+            nope, rope = self.query.finish(first, positions)
             compressed = self._place(latent, rope_key, positions)
         query = jnp.concatenate([self.key_up("BTNH,RNH->BTNR", nope), rope], axis=-1)
         return query, *compressed

@@ -3,10 +3,9 @@
 Weights are float32 masters; they are cast to the dtype of the activations where they are used.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +55,10 @@ class Projection(nnx.Module):
         """Returns einsum(equation, x, weight) + bias in the dtype of x."""
         y = _product(equation, x, self.matrix(x))
         return y if self.bias is None else y + _broadcast(self.bias[...].astype(x.dtype), equation)
+
+    def unbiased(self, axis: int = 0) -> jax.Array | None:
+        """The weight with the axis that is summed first; None where there is a bias."""
+        return None if self.bias is not None else jnp.moveaxis(self.weight[...], axis, 0)
 
     def matrix(self, x: jax.Array) -> jax.Array:
         """The weight as a product with x takes it."""
@@ -116,41 +119,41 @@ class JoinedProjections(nnx.Module):
 
     def project(self, x: jax.Array, norm: "RMSNorm") -> list[jax.Array]:
         """Maps [..., D] to what each makes of norm(x): [..., *rest of its weight]."""
-        ends = list(itertools.accumulate(map(math.prod, self.shapes)))
-        parts = jnp.split(self._multiply(x, norm), ends[:-1], axis=-1)
+        parts = self._multiply(x, norm, widths=[math.prod(shape) for shape in self.shapes])
         kept = x.shape[:-1]
         return [y.reshape(*kept, *shape) for y, shape in zip(parts, self.shapes, strict=True)]
 
     def gate(self, x: jax.Array, norm: "RMSNorm") -> jax.Array:
         """Maps [B, D] to silu(norm(x) W_0) * (norm(x) W_1), of the two weights."""
-        return self._multiply(x, norm, gated=True)
+        return self._multiply(x, norm, gated=True)[0]
 
     def add_output(self, residual: jax.Array, x: jax.Array) -> jax.Array:
         """Maps x [B, ...] by the last product and adds it to [B, D]."""
-        return decode_linear(
+        (y,) = decode_linear(
             x.reshape(x.shape[0], -1), self.output[...].astype(x.dtype), residual=residual,
             implementation=self.implementation,
         )  # fmt: skip
+        return y
 
-    def _multiply(self, x: jax.Array, norm: "RMSNorm", *, gated: bool = False) -> jax.Array:
-        y = decode_linear(
+    def _multiply(self, x: jax.Array, norm: "RMSNorm", **results: Any) -> list[jax.Array]:
+        return decode_linear(
             x.reshape(-1, x.shape[-1]), self.weight[...].astype(x.dtype),
-            norm_scale=norm.scale[...], epsilon=norm.epsilon, gated=gated,
-            implementation=self.implementation,
+            norm_scale=norm.scale[...], epsilon=norm.epsilon,
+            implementation=self.implementation, **results,
         )  # fmt: skip
-        return y.reshape(*x.shape[:-1], -1)
 
 
 def join(
-    *projections: tuple[Projection, int],
+    weights: Sequence[jax.Array | None],
     output: Projection,
     implementation: Literal["xla"] | None,
 ) -> JoinedProjections | None:
-    """Joins projections, each with the axis of its weight that is summed; None with biases."""
-    if any(projection.bias is not None for projection, _ in (*projections, (output, 0))):
+    """Joins weights and the projection that follows; None where one of them has a bias."""
+    unbiased = [weight for weight in weights if weight is not None]
+    last = output.unbiased()
+    if last is None or len(unbiased) < len(weights):
         return None
-    weights = [jnp.moveaxis(p.weight[...], axis, 0) for p, axis in projections]
-    return JoinedProjections(weights, output.weight[...], implementation)
+    return JoinedProjections(unbiased, last, implementation)
 
 
 class RMSNorm(nnx.Module):

@@ -1,5 +1,7 @@
 """Entry point of decode_linear."""
 
+from collections.abc import Sequence
+
 import jax
 
 from pallas_kernels import arguments, dispatch
@@ -11,11 +13,12 @@ def decode_linear(
     weight: jax.Array,  # [D, F]
     *,
     norm_scale: jax.Array | None = None,  # [D]
-    residual: jax.Array | None = None,  # [B, F]
+    residual: jax.Array | None = None,  # [B, F], or [B, F / 2] if gated
     epsilon: float = 1e-6,
     gated: bool = False,
+    widths: Sequence[int] | None = None,
     implementation: dispatch.Implementation | None = None,
-) -> jax.Array:  # [B, F], or [B, F / 2] if gated
+) -> list[jax.Array]:  # [B, width] each
     """Multiplies few rows with a weight, normalised before and gated or added up after.
 
     y = n(x) W with n(x) = x / sqrt(mean(x^2) + epsilon) * norm_scale (RMSNorm, arXiv 1910.07467);
@@ -27,20 +30,25 @@ def decode_linear(
       x: [B, D].
       weight: [D, F], in the dtype of x.
       norm_scale: [D], of the norm; None = x as it is.
-      residual: As the result, to add it to; None = 0.
+      residual: [B, F], or [B, F / 2] if gated, to add the result to; None = 0.
       epsilon: Of the norm.
       gated: Whether the first half of the features gates the second.
+      widths: Features of the results, which are arrays of their own; None = one of all.
       implementation: 'mosaic_gpu', 'xla', or None for the best that takes the call.
 
     Returns:
-      [B, F], or [B, F / 2] if gated, in the dtype of x.
+      [B, width] for each width, in the dtype of x.
 
     Raises:
       ValueError: An argument has a wrong shape or type.
       NotImplementedError: The implementation asked for cannot take the call.
     """
     _check(x, weight, norm_scale, residual, gated)
-    call = x, weight, norm_scale, residual, epsilon, gated
+    features = weight.shape[1] // (1 + gated)
+    widths = (features,) if widths is None else tuple(widths)
+    if sum(widths) != features:
+        raise ValueError(f"widths: {list(widths)} are {sum(widths)} together, not {features}")
+    call = x, weight, norm_scale, residual, epsilon, gated, widths
     return dispatch.run(
         "decode_linear",
         implementation,

@@ -38,18 +38,22 @@ class Sizes:
     Attributes:
       rows: Rows of x, padded to what a copy takes.
       parts: Products of a program: gate and up, or one.
-      features: Of the result.
+      widths: Features of each result.
       slots: Tiles in shared memory, of a warpgroup.
     """
 
     rows: int
     parts: int
-    features: int
+    widths: tuple[int, ...]
     slots: int
+
+    @property
+    def features(self) -> int:
+        return sum(self.widths)
 
 
 # Compiled by itself, so that layers of the same sizes are lowered once.
-@functools.partial(jax.jit, static_argnames=("epsilon", "gated", "interpret"))
+@functools.partial(jax.jit, static_argnames=("epsilon", "gated", "widths", "interpret"))
 def decode_linear(
     x: jax.Array,
     weight: jax.Array,
@@ -57,23 +61,24 @@ def decode_linear(
     residual: jax.Array | None,
     epsilon: float,
     gated: bool,
+    widths: tuple[int, ...],
     *,
     interpret: Any = None,
-) -> jax.Array:
-    """See `api.decode_linear`; `interpret` is for tests.
+) -> list[jax.Array]:
+    """See `api.decode_linear`, with all widths; `interpret` is for tests.
 
     Raises:
       NotImplementedError: The kernel cannot take the call.
     """
-    sizes = _sizes(x, weight, gated)
+    sizes = _sizes(x, weight, gated, widths)
     padding = (0, sizes.rows - x.shape[0]), (0, 0)
     padded = [None if a is None else jnp.pad(a, padding) for a in (x, residual)]
     scale = None if norm_scale is None else norm_scale.astype(jnp.float32)
-    y = _multiply(padded[0], weight, scale, padded[1], sizes, epsilon, interpret)
-    return y[: x.shape[0]]
+    outputs = _multiply(padded[0], weight, scale, padded[1], sizes, epsilon, interpret)
+    return [y[: x.shape[0]] for y in outputs]
 
 
-def _sizes(x: jax.Array, weight: jax.Array, gated: bool) -> Sizes:
+def _sizes(x: jax.Array, weight: jax.Array, gated: bool, widths: tuple[int, ...]) -> Sizes:
     """Raises NotImplementedError, naming the value, for what the kernel does not take."""
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"x: {x.dtype}, the kernel takes bfloat16 and float16")
@@ -81,25 +86,24 @@ def _sizes(x: jax.Array, weight: jax.Array, gated: bool) -> Sizes:
         raise NotImplementedError(f"x: {x.shape[0]} rows are over {ROWS}")
     if x.shape[1] % DEPTH:
         raise NotImplementedError(f"x: {x.shape[1]} numbers, not a multiple of {DEPTH}")
+    if any(width % COLUMNS for width in widths):
+        raise NotImplementedError(f"weight: {widths} features, not multiples of {COLUMNS}")
     parts = 1 + gated
-    features = weight.shape[1] // parts
-    if features % COLUMNS:
-        raise NotImplementedError(f"weight: {features} features, not a multiple of {COLUMNS}")
     rows = x.shape[0] + -x.shape[0] % COPY_ROWS
     sums_bytes = 4 * WARPGROUPS * parts * ROWS * COLUMNS
     last_bytes = ROWS * (2 * DEPTH + 2 * 2 * COLUMNS)  # behind the last rows; residual and result
     room = SHARED_MEMORY_BYTES - ALIGNMENT_BYTES - sums_bytes - last_bytes
     tile_bytes = 2 * DEPTH * (rows + parts * COLUMNS) + 4 * DEPTH
-    return Sizes(rows, parts, features, min(MAX_SLOTS, room // (WARPGROUPS * tile_bytes)))
+    return Sizes(rows, parts, widths, min(MAX_SLOTS, room // (WARPGROUPS * tile_bytes)))
 
 
 def _multiply(x, weight, scale, residual, sizes, epsilon, interpret):
-    """y [rows, features] of rows x [rows, D]."""
+    """The results [rows, width] of rows x [rows, D]."""
     dtype, rows, parts, slots = x.dtype, sizes.rows, sizes.parts, sizes.slots
     size, normed, added = x.shape[1], scale is not None, residual is not None
 
     def body(
-        x_ref, w_ref, scale_ref, residual_ref, y_ref, *,
+        x_ref, w_ref, scale_ref, residual_ref, *y_refs,
         x_s, w_s, scale_s, residual_s, sums_s, squares_s, y_s, full_bar, residual_bar, end_bar,
     ):  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
@@ -166,7 +170,16 @@ def _multiply(x, weight, scale, residual, sizes, epsilon, interpret):
                 y = residual_s[...].astype(jnp.float32) + y
             y_s[...] = y.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_s.at[pl.ds(0, rows)], y_ref.at[:, columns])
+            start = 0
+            for y_ref, width in zip(y_refs, sizes.widths, strict=True):
+                place = lax.axis_index("columns") * COLUMNS - start
+
+                @pl.when((place >= 0) & (place < width))
+                def _store(y_ref=y_ref, place=place):
+                    target = y_ref.at[:, pl.ds(place, COLUMNS)]
+                    plgpu.copy_smem_to_gmem(y_s.at[pl.ds(0, rows)], target)
+
+                start += width
             plgpu.wait_smem_to_gmem(0)
 
     all_slots, tile = WARPGROUPS * slots, (ROWS, COLUMNS)
@@ -184,7 +197,7 @@ def _multiply(x, weight, scale, residual, sizes, epsilon, interpret):
     }
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, sizes.features), dtype),
+        out_type=[jax.ShapeDtypeStruct((rows, width), dtype) for width in sizes.widths],
         kernel_name="decode_linear",
         grid=(sizes.features // COLUMNS,),
         grid_names=("columns",),

@@ -1,5 +1,7 @@
 """Definition of decode_linear in XLA."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -13,15 +15,17 @@ def decode_linear(
     residual: jax.Array | None,
     epsilon: float,
     gated: bool,
-) -> jax.Array:
-    """See `api.decode_linear`."""
+    widths: tuple[int, ...],
+) -> list[jax.Array]:
+    """See `api.decode_linear`, with all widths."""
     if norm_scale is not None:
         x = _rms_norm(x, norm_scale, epsilon)
     y = x @ weight
     if gated:
         gate, up = jnp.split(y, 2, axis=-1)
         y = jax.nn.silu(gate) * up
-    return y if residual is None else residual + y
+    y = y if residual is None else residual + y
+    return jnp.split(y, list(itertools.accumulate(widths[:-1])), axis=-1)
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:

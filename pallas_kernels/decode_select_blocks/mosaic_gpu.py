@@ -59,11 +59,11 @@ def decode_select_blocks(
     num_columns += -num_columns % COLUMNS
     importance = sizes.importance(attention[:, :, None], num_columns)
     by_warp = importance.reshape(*importance.shape[:2], 1, WARPS, -1, LANES).swapaxes(3, 4)
-    fresh = largest(
-        by_warp, own[:, None], jnp.zeros_like(own)[:, None],
+    lists = largest(
+        by_warp, own[:, None], jnp.zeros_like(own)[:, None], block_indices[:, None],
         size=block_indices.shape[2], interpret=interpret,
     )  # fmt: skip
-    return jnp.where(starts_list[:, None, None], fresh[:, 0], block_indices)
+    return lists[:, 0]
 
 
 def check_supported(

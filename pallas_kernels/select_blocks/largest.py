@@ -29,7 +29,13 @@ FIRST_REACH, MOST_REACH = 2**22, 2**30  # in bits of a float, whose exponent cou
 
 
 def largest(
-    scores: jax.Array, own: jax.Array, first: jax.Array, *, size: int, interpret: Any
+    scores: jax.Array,
+    own: jax.Array,
+    first: jax.Array,
+    kept: jax.Array | None = None,
+    *,
+    size: int,
+    interpret: Any,
 ) -> jax.Array:
     """Lists the first block, the own one, the one before, and in the places left the best between.
 
@@ -38,6 +44,7 @@ def largest(
         of block (w * n + i) * 32 + l, so that a warp has neighbouring blocks.
       own: int32 [B, M], own blocks, below the number of columns; -1 for an empty list.
       first: int32 [B, M], first blocks of their documents.
+      kept: int32 [B, M, K, L], lists in the place of empty ones, which then take no time.
       size: L, 3 .. `MAX_LIST`.
       interpret: Parameters of interpret mode, for tests.
 
@@ -47,34 +54,48 @@ def largest(
     batch, num_kv_heads, num_rows, num_words = scores.shape[:4]  # words of a warp
     words_shape = (num_words + -num_words % LANES, WARPS)
     width = size + -size % LANES
+    if kept is not None:
+        kept = jnp.pad(kept, ((0, 0), (0, 0), (0, 0), (0, width - size)), constant_values=-1)
 
     def body(
-        scores_ref: Any, own_ref: Any, first_ref: Any, lists_ref: Any, *,
-        words_s: Any, counts_s: Any, totals_s: Any, list_s: Any,
+        scores_ref: Any, own_ref: Any, first_ref: Any, kept_ref: Any, lists_ref: Any, *,
+        words_s: Any, counts_s: Any, totals_s: Any, list_s: Any, kept_bar: Any,
     ) -> None:  # fmt: skip
         batch_id, head, row = (lax.axis_index(name) for name in ("batch", "head", "row"))
         own, first = own_ref[batch_id, row], first_ref[batch_id, row]
-        word, warp, lane = (
-            plgpu.broadcasted_iota(jnp.int32, scores.shape[3:], axis, layout=SCORES)
-            for axis in range(3)
-        )
-        column = (warp * num_words + word) * LANES + lane
-        values = plgpu.load(scores_ref.at[batch_id, head, row], layout=SCORES, optimized=False)
-        values = jnp.where((column > first) & (column < own - 1), values, -1.0)
-        given = jnp.maximum(jnp.minimum(own - first + 1, 3), 0)
-        least, last_tie = search(values, column, own - first - 2, size - given)
 
-        chosen = (values > least) | ((values == least) & (column <= last_tie))
-        chosen |= (column == own) | (column == own - 1) | (column == first)
-        chosen &= (first <= column) & (column <= own)
-        words_s[pl.ds(0, num_words)] = jnp.where(chosen, jnp.int32(1) << lane, 0).sum(axis=2)
-        totals_s[...] = count_by_warp(chosen)
-        plgpu.commit_smem()
-        in_threads = plgpu.Layout.WG_STRIDED(words_shape, 1)
-        counts_s[...] = count_bits(plgpu.load(words_s, layout=in_threads))
-        plgpu.commit_smem()
-        list_s[...] = set_bits(words_s, counts_s, totals_s, num_words, width)
-        plgpu.commit_smem()
+        def choose() -> None:
+            word, warp, lane = (
+                plgpu.broadcasted_iota(jnp.int32, scores.shape[3:], axis, layout=SCORES)
+                for axis in range(3)
+            )
+            column = (warp * num_words + word) * LANES + lane
+            values = plgpu.load(scores_ref.at[batch_id, head, row], layout=SCORES, optimized=False)
+            values = jnp.where((column > first) & (column < own - 1), values, -1.0)
+            given = jnp.maximum(jnp.minimum(own - first + 1, 3), 0)
+            least, last_tie = search(values, column, own - first - 2, size - given)
+
+            chosen = (values > least) | ((values == least) & (column <= last_tie))
+            chosen |= (column == own) | (column == own - 1) | (column == first)
+            chosen &= (first <= column) & (column <= own)
+            words_s[pl.ds(0, num_words)] = jnp.where(chosen, jnp.int32(1) << lane, 0).sum(axis=2)
+            totals_s[...] = count_by_warp(chosen)
+            plgpu.commit_smem()
+            in_threads = plgpu.Layout.WG_STRIDED(words_shape, 1)
+            counts_s[...] = count_bits(plgpu.load(words_s, layout=in_threads))
+            plgpu.commit_smem()
+            list_s[...] = set_bits(words_s, counts_s, totals_s, num_words, width)
+            plgpu.commit_smem()
+
+        def keep() -> None:
+            plgpu.copy_gmem_to_smem(kept_ref.at[batch_id, row, head], list_s, kept_bar)
+            plgpu.barrier_wait(kept_bar)
+
+        if kept is None:
+            choose()
+        else:
+            pl.when(own >= 0)(choose)
+            pl.when(own < 0)(keep)
         plgpu.copy_smem_to_gmem(list_s, lists_ref.at[batch_id, row, head])
         plgpu.wait_smem_to_gmem(0)
 
@@ -91,9 +112,10 @@ def largest(
             "counts_s": plgpu.SMEM(words_shape, jnp.int32),
             "totals_s": plgpu.SMEM((WARPS,), jnp.int32),
             "list_s": plgpu.SMEM((width,), jnp.int32),
+            "kept_bar": plgpu.Barrier() if kept is not None else None,
         },
         interpret=interpret,
-    )(scores, own, first)
+    )(scores, own, first, kept)
     return lists[..., :size]
 
 

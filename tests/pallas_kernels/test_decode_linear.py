@@ -54,7 +54,7 @@ def check(got: jax.Array, case: Case, arrays: tuple[Any, ...]) -> None:
     """Is it the definition in float32, to rounding?"""
     exact = [None if a is None else a.astype(jnp.float32) for a in arrays]
     with jax.default_matmul_precision("highest"):
-        want = reference.decode_linear(*exact, 1e-6, case[-1])
+        (want,) = reference.decode_linear(*exact, 1e-6, case[-1], (got.shape[1],))
     chex.assert_type(got, arrays[0].dtype)
     error = jnp.abs(got.astype(jnp.float32) - want).max() / jnp.abs(want).max()
     assert error < 8e-3, error
@@ -63,9 +63,13 @@ def check(got: jax.Array, case: Case, arrays: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("case", SMALL_CASES[:2], ids=str)
 def test_definition(case):
     x, weight, norm_scale, residual = draw(case, jnp.float32)
-    got = decode_linear(
-        x, weight, norm_scale=norm_scale, residual=residual, epsilon=0.5, gated=case[-1]
-    )
+    features = weight.shape[1] // (1 + case[-1])
+    parts = decode_linear(
+        x, weight, norm_scale=norm_scale, residual=residual, epsilon=0.5, gated=case[-1],
+        widths=[5, features - 5],
+    )  # fmt: skip
+    assert [part.shape[1] for part in parts] == [5, features - 5]
+    got = jnp.concatenate(parts, axis=1)
     x, weight, norm_scale = (np.asarray(a, np.float64) for a in (x, weight, norm_scale))
     want = x / np.sqrt((x**2).mean(1, keepdims=True) + 0.5) * norm_scale @ weight
     if case[-1]:
@@ -78,7 +82,10 @@ def test_definition(case):
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_kernel_is_definition(case):
     arrays = draw(case, BFLOAT16)
-    check(mosaic_gpu.decode_linear(*arrays, 1e-6, case[-1], interpret=INTERPRET), case, arrays)
+    features = arrays[1].shape[1] // (1 + case[-1])
+    widths = (32,) * (features // 32)
+    parts = mosaic_gpu.decode_linear(*arrays, 1e-6, case[-1], widths, interpret=INTERPRET)
+    check(jnp.concatenate(parts, axis=1), case, arrays)
 
 
 @pytest.fixture
@@ -88,10 +95,13 @@ def hopper(monkeypatch):
 
 def run(case: Case, arrays: tuple[Any, ...]) -> jax.Array:
     x, weight, norm_scale, residual = arrays
-    return decode_linear(
+    features = weight.shape[1] // (1 + case[-1])
+    parts = decode_linear(
         x, weight, norm_scale=norm_scale, residual=residual, gated=case[-1],
+        widths=[features] if features == 32 else [features - 32, 32],
         implementation="mosaic_gpu",
     )  # fmt: skip
+    return jnp.concatenate(parts, axis=1)
 
 
 @pytest.mark.parametrize("case", MODEL_CASES, ids=str)
@@ -107,7 +117,7 @@ def test_lowers_for_cuda(case, hopper):
         ((8, 64, 32, True, True, False), jnp.float32, "x: float32"),
         ((65, 64, 32, True, True, False), BFLOAT16, "x: 65 rows"),
         ((8, 96, 32, True, True, False), BFLOAT16, "x: 96 numbers"),
-        ((8, 64, 96, True, True, True), BFLOAT16, "weight: 48 features"),
+        ((8, 64, 96, True, True, True), BFLOAT16, r"weight: \(16, 32\) features"),
     ],
     ids=lambda value: str(value),
 )
@@ -124,6 +134,7 @@ def test_says_what_the_kernel_does_not_take(case, dtype, message, hopper):
         ({"weight": jnp.ones((4, 6), BFLOAT16)}, "weight: expected float32"),
         ({"weight": jnp.ones((4, 5)), "gated": True}, "5 features have no halves"),
         ({"norm_scale": jnp.ones(3)}, r"norm_scale: expected shape \[4\]"),
+        ({"widths": [2, 3]}, r"widths: \[2, 3\] are 5 together, not 6"),
         ({"residual": jnp.ones((2, 6)), "gated": True}, r"residual: expected shape \[2, 3\]"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
