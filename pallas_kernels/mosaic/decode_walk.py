@@ -19,8 +19,9 @@ KEYS = 64  # of a tile
 MAX_SLOTS = 4  # tiles of keys in shared memory
 SHARED_MEMORY_BYTES = 227 * 2**10  # of a multiprocessor; each program wastes some by alignment
 ALIGNMENT_BYTES = 4 * 2**10
-# What a program costs beside its tiles, and what a merge costs, in tiles.
-PROGRAM_TILES, MERGE_TILES = 2, 2
+# What a program costs beside its tiles, and what a kernel of the merge costs, in tiles. XLA merges
+# up to 8 splits in one kernel and more in two.
+PROGRAM_TILES, MERGE_TILES, MERGED_AT_ONCE = 2, 2, 8
 MAX_SPLITS = 2 * MULTIPROCESSORS
 
 
@@ -127,7 +128,7 @@ def num_splits(num_programs: int, num_tiles: int, resident: int) -> int:
 
     def cost(splits: int) -> int:
         waves = pl.cdiv(num_programs * splits, resident)
-        merge = MERGE_TILES if splits > 1 else 0
+        merge = MERGE_TILES * ((splits > 1) + (splits > MERGED_AT_ONCE))
         return waves * (pl.cdiv(num_tiles, splits) + PROGRAM_TILES) + merge
 
     return min(range(1, min(num_tiles, MAX_SPLITS) + 1), key=cost)
