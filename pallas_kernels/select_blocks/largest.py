@@ -99,6 +99,13 @@ def largest(
         plgpu.copy_smem_to_gmem(list_s, lists_ref.at[batch_id, row, head])
         plgpu.wait_smem_to_gmem(0)
 
+    scratch: dict[str, Any] = {
+        "words_s": plgpu.SMEM(words_shape, jnp.int32),
+        "counts_s": plgpu.SMEM(words_shape, jnp.int32),
+        "totals_s": plgpu.SMEM((WARPS,), jnp.int32),
+        "list_s": plgpu.SMEM((width,), jnp.int32),
+        "kept_bar": plgpu.Barrier() if kept is not None else None,
+    }
     lists = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((batch, num_rows, num_kv_heads, width), jnp.int32),
@@ -107,13 +114,7 @@ def largest(
         grid_names=("batch", "head", "row"),
         num_threads=1,  # reductions over warps of several warpgroups would share their scratch
         thread_name="warpgroup",
-        scratch_types={
-            "words_s": plgpu.SMEM(words_shape, jnp.int32),
-            "counts_s": plgpu.SMEM(words_shape, jnp.int32),
-            "totals_s": plgpu.SMEM((WARPS,), jnp.int32),
-            "list_s": plgpu.SMEM((width,), jnp.int32),
-            "kept_bar": plgpu.Barrier() if kept is not None else None,
-        },
+        scratch_types=scratch,
         interpret=interpret,
     )(scores, own, first, kept)
     return lists[..., :size]
