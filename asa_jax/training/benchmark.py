@@ -38,23 +38,25 @@ class Row:
     flags: tuple[str, ...] = ()
 
 
+LISTED, SCANNED = (f"--config.model.scan_layers={value}" for value in (False, True))
 ROWS = (
     Row("full_340m 8k", "configs/full_340m.py", 8192, 8, 130_000),
     Row("asa_340m 8k", "configs/asa_340m.py", 8192, 8, 165_000),
     Row("full_340m 64k", "configs/full_340m.py", 65536, 1, None),
     Row("asa_340m 64k", "configs/asa_340m.py", 65536, 1, 140_000),
-    Row(
-        "asa_340m 256k",
-        "configs/asa_340m.py",
-        262144,
-        1,
-        None,
-        # As a list it takes minutes to compile.
-        ("--config.model.remat=full", "--config.model.scan_layers=True"),
+    Row(  # As a list it takes minutes to compile.
+        "asa_340m 256k", "configs/asa_340m.py", 262144, 1, None,
+        (SCANNED, "--config.model.remat=full"),
     ),
-    Row("asa_1b 8k", "configs/asa_1b.py", 8192, 8, 52_000),
-    Row("asa_1b 64k", "configs/asa_1b.py", 65536, 1, 46_000),
-)
+    Row(
+        "asa_1b 8k", "configs/asa_1b.py", 8192, 8, 52_000,
+        (LISTED, "--config.model.remat=none", "--config.optimizer.device_tokens=16384"),
+    ),
+    Row(
+        "asa_1b 64k", "configs/asa_1b.py", 65536, 1, 46_000,
+        (LISTED, "--config.model.remat=attention"),
+    ),
+)  # fmt: skip
 RATIOS = (  # first row, second row, at least
     ("asa_340m 8k", "full_340m 8k", 1.25),
     ("asa_340m 64k", "full_340m 64k", 3.3),
