@@ -97,12 +97,7 @@ class GroupLatentAttention(nnx.Module):
     def join(self) -> None:
         """Joins what multiplies the same vectors, for a loop of steps with few of them."""
         self.joined = join(
-            [
-                *self.query.first_weights(),
-                *(p.unbiased() for p in (self.down, self.rope_key, self.gates)),
-            ],
-            self.output,
-            self.cfg.implementation,
+            (self.query.first, 0), (self.down, 0), (self.rope_key, 0), (self.gates, 0)
         )
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -164,12 +159,11 @@ class GroupLatentAttention(nnx.Module):
         return self._project_out(mixed), GlobalCache(*rows, in_force)
 
     def decode(
-        self, x: jax.Array, norm: RMSNorm, position: jax.Array, cache: GlobalCache
+        self, x: jax.Array, position: jax.Array, cache: GlobalCache
     ) -> tuple[jax.Array, GlobalCache]:
-        """Appends one token a row, x [B, D], to the cache, and gives x + attention(norm(x))."""
-        rows, padded = position.size, pad_rows(position, x.shape[0])[:, None]
-        projected = self._project(x[:, None], padded, norm)
-        query, latent, rope_key, gate = (a[:rows] for a in projected)
+        """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
+        rows, padded, x = position.size, pad_rows(position, x.shape[0])[:, None], x[:, None]
+        query, latent, rope_key, gate = (a[:rows] for a in self._project(x, padded))
         query = query[:, 0]
         cache = cache._replace(
             latent=write(cache.latent, position, latent[:, 0]),
@@ -189,23 +183,18 @@ class GroupLatentAttention(nnx.Module):
         keys = Keys(cache.latent, rope_key=cache.rope_key)
         selected = attend_blocks(query, keys, block_indices, position + 1, self.cfg, self.scale)
         mixed = pad_rows(_mix(gate[:, 0], compressed, selected), x.shape[0])
-        cache = cache._replace(block_indices=block_indices)
-        if self.joined is not None:
-            mixed = self.value_up("BNR,RNH->BNH", mixed)
-            return self.joined.add_output(x, mixed), cache
-        return x + self._project_out(mixed[:, None])[:, 0], cache
+        return self._project_out(mixed[:, None])[:, 0], cache._replace(block_indices=block_indices)
 
     def _gate(self, x: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(self.gates("BTD,DNE->BTNE", x))
 
-    def _project(self, x: jax.Array, positions: jax.Array, norm: RMSNorm) -> tuple[jax.Array, ...]:
-        """Absorbed queries, latents, rotated keys and gates of norm(x) of tokens [B, T, D]."""
+    def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+        """Absorbed queries, latents, rotated keys and gates of tokens [B, T, D]."""
         if self.joined is None:
-            x = norm(x)
             absorbed = self._absorb(*self.query(x, positions))
             return absorbed, *self._compress(x, positions), self._gate(x)
-        *first, latent, rope_key, gate = self.joined.project(x, norm)
-        absorbed = self._absorb(*self.query.finish(first, positions))
+        query, latent, rope_key, gate = self.joined(x)
+        absorbed = self._absorb(*self.query.finish(query, positions))
         return absorbed, *self._place(latent, rope_key, positions), jax.nn.sigmoid(gate)
 
     def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

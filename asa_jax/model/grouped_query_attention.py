@@ -73,11 +73,7 @@ class GroupedQueryAttention(nnx.Module):
 
     def join(self) -> None:
         """Joins what multiplies the same vectors, for a loop of steps with few of them."""
-        self.joined = join(
-            [self.query.unbiased(), self.key_value.unbiased(1)],
-            self.output,
-            self.cfg.implementation,
-        )
+        self.joined = join((self.query, 0), (self.key_value, 1))
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
@@ -113,11 +109,11 @@ class GroupedQueryAttention(nnx.Module):
         return self.output("BTNH,NHD->BTD", output), cache
 
     def decode(
-        self, x: jax.Array, norm: RMSNorm, position: jax.Array, cache: GroupedQueryCache
+        self, x: jax.Array, position: jax.Array, cache: GroupedQueryCache
     ) -> tuple[jax.Array, GroupedQueryCache]:
-        """Appends one token a row, x [B, D], to the cache, and gives x + attention(norm(x))."""
+        """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
         rows, padded = position.size, pad_rows(position, x.shape[0])[:, None]
-        query, key, value = (a[:rows] for a in self.project(x[:, None], padded, norm))
+        query, key, value = (a[:rows] for a in self.project(x[:, None], padded))
         slots = cache.key.shape[1]
         slot = position % slots
         cache = GroupedQueryCache(
@@ -127,21 +123,15 @@ class GroupedQueryAttention(nnx.Module):
         output, _ = attend_cache(
             query[:, 0], Keys(*cache), lengths, self.scale, self.cfg.implementation
         )
-        output = pad_rows(output, x.shape[0])
-        if self.joined is not None:
-            return self.joined.add_output(x, output), cache
-        return x + self.output("BNH,NHD->BD", output), cache
+        return self.output("BNH,NHD->BD", pad_rows(output, x.shape[0])), cache
 
-    def project(
-        self, x: jax.Array, positions: jax.Array, norm: RMSNorm | None = None
-    ) -> tuple[jax.Array, ...]:
-        """Rotated queries [B, T, N, H] and keys, and values, of norm(x) of tokens [B, T, D]."""
-        if self.joined is None or norm is None:
-            x = x if norm is None else norm(x)
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+        """Rotated queries [B, T, N, H] and keys, and values, of tokens [B, T, D]."""
+        if self.joined is None:
             query = self.query("BTD,DNH->BTNH", x)
             key, value = self.key_value("BTD,PDKH->PBTKH", x)
         else:
-            query, pair = self.joined.project(x, norm)
+            query, pair = self.joined(x)
             key, value = jnp.moveaxis(pair, 2, 0)
         query = constrain(query, "batch", "sequence", "heads", "head_dim")
         if self.query_norm is not None and self.key_norm is not None:

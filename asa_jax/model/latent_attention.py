@@ -13,7 +13,6 @@ to the weighted sum of latents. Training expands the keys, decoding absorbs.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -76,29 +75,18 @@ class DecoupledQuery(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps x [B, T, D] to position-free [B, T, N, HC] and rotated [B, T, N, HR] queries."""
+        first = self.down("BTD,DR->BTR", x) if self.cfg.q_lora_rank else None
+        return self.finish(self.up("BTD,DNH->BTNH", x) if first is None else first, positions)
+
+    @property
+    def first(self) -> Projection:
+        """The projection that takes x."""
+        return self.down if self.cfg.q_lora_rank else self.up
+
+    def finish(self, query: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As `__call__`, of what `first` makes of x."""
         if self.cfg.q_lora_rank:
-            return self.finish([self.down("BTD,DR->BTR", x)], positions)
-        return self._place(self.up("BTD,DNH->BTNH", x), positions)
-
-    def first_weights(self) -> Sequence[jax.Array | None]:
-        """The weights that take x, [D, ..] each, None with a bias.
-
-        Both parts of the queries have their own, so that nothing must cut them apart.
-        """
-        if self.cfg.q_lora_rank:
-            return [self.down.unbiased()]
-        return jnp.split(self.up.weight[...], [self.cfg.qk_nope_head_dim], axis=-1)
-
-    def finish(
-        self, first: Sequence[jax.Array], positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """As `__call__`, of what each of `first_weights` makes of x."""
-        if self.cfg.q_lora_rank:
-            return self._place(self.up("BTD,DNH->BTNH", self.norm(*first)), positions)
-        nope, rope = first
-        return nope, rotate(rope, positions, self.cfg.rope_theta, self.cfg.rope_scaling)
-
-    def _place(self, query: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+            query = self.up("BTD,DNH->BTNH", self.norm(query))
         query = constrain(query, "batch", "sequence", "heads", "head_dim")
         nope, rope = jnp.split(query, [self.cfg.qk_nope_head_dim], axis=-1)
         return nope, rotate(rope, positions, self.cfg.rope_theta, self.cfg.rope_scaling)
@@ -128,11 +116,7 @@ class LatentAttention(nnx.Module):
 
     def join(self) -> None:
         """Joins what multiplies the same vectors, for a loop of steps with few of them."""
-        self.joined = join(
-            [*self.query.first_weights(), self.down.unbiased(), self.rope_key.unbiased()],
-            self.output,
-            self.cfg.implementation,
-        )
+        self.joined = join((self.query.first, 0), (self.down, 0), (self.rope_key, 0))
 
     def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]; positions and segment_ids int [B, T]."""
@@ -173,12 +157,11 @@ class LatentAttention(nnx.Module):
         return self.output("BTNH,NHD->BTD", output), cache
 
     def decode(
-        self, x: jax.Array, norm: RMSNorm, position: jax.Array, cache: LatentCache
+        self, x: jax.Array, position: jax.Array, cache: LatentCache
     ) -> tuple[jax.Array, LatentCache]:
-        """Appends one token a row, x [B, D], to the cache, and gives x + attention(norm(x))."""
+        """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
         rows, padded = position.size, pad_rows(position, x.shape[0])[:, None]
-        projected = self.project_absorbed(x[:, None], padded, norm)
-        query, latent, rope_key = (a[:rows] for a in projected)
+        query, latent, rope_key = (a[:rows] for a in self.project_absorbed(x[:, None], padded))
         slots = cache.latent.shape[1]
         cache = LatentCache(
             write(cache.latent, position % slots, latent[:, 0]),
@@ -187,21 +170,16 @@ class LatentAttention(nnx.Module):
         keys = Keys(cache.latent[:, :, None], rope_key=cache.rope_key)
         lengths = jnp.minimum(position + 1, slots)
         mixed, _ = attend_cache(query[:, 0], keys, lengths, self.scale, self.cfg.implementation)
-        mixed = self.value_up("BNR,RNH->BNH", pad_rows(mixed, x.shape[0]))
-        if self.joined is not None:
-            return self.joined.add_output(x, mixed), cache
-        return x + self.output("BNH,NHD->BD", mixed), cache
+        mixed = pad_rows(mixed, x.shape[0])
+        return self.output("BNH,NHD->BD", self.value_up("BNR,RNH->BNH", mixed)), cache
 
-    def project_absorbed(
-        self, x: jax.Array, positions: jax.Array, norm: RMSNorm | None = None
-    ) -> tuple[jax.Array, ...]:
-        """Absorbed queries [B, T, N, R + HR], latents, rotated keys of norm(x) of x [B, T, D]."""
-        if self.joined is None or norm is None:
-            x = x if norm is None else norm(x)
+    def project_absorbed(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+        """Absorbed queries [B, T, N, R + HR], latents and rotated keys of tokens [B, T, D]."""
+        if self.joined is None:
             (nope, rope), compressed = self.query(x, positions), self._compress(x, positions)
         else:
-            *first, latent, rope_key = self.joined.project(x, norm)
-            nope, rope = self.query.finish(first, positions)
+            query, latent, rope_key = self.joined(x)
+            nope, rope = self.query.finish(query, positions)
             compressed = self._place(latent, rope_key, positions)
         query = jnp.concatenate([self.key_up("BTNH,RNH->BTNR", nope), rope], axis=-1)
         return query, *compressed

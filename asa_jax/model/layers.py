@@ -3,9 +3,9 @@
 Weights are float32 masters; they are cast to the dtype of the activations where they are used.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from flax import nnx
 
 from asa_jax.config import ModelConfig
 from asa_jax.sharding import gather_embed, gathered, sharded, tensor_shards
-from pallas_kernels.decode_linear import decode_linear
 
 # 8 parts, as XLA splits a sum into, of 8 numbers or more, as it copies at once.
 FEATURES_MULTIPLE = 64
@@ -56,10 +55,6 @@ class Projection(nnx.Module):
         y = _product(equation, x, self.matrix(x))
         return y if self.bias is None else y + _broadcast(self.bias[...].astype(x.dtype), equation)
 
-    def unbiased(self, axis: int = 0) -> jax.Array | None:
-        """The weight with the axis that is summed first; None where there is a bias."""
-        return None if self.bias is not None else jnp.moveaxis(self.weight[...], axis, 0)
-
     def matrix(self, x: jax.Array) -> jax.Array:
         """The weight as a product with x takes it."""
         weight = self.weight[...].astype(x.dtype)
@@ -92,68 +87,27 @@ def _broadcast(bias: jax.Array, equation: str) -> jax.Array:
 
 
 class JoinedProjections(nnx.Module):
-    """The weights of attention or of an MLP as steps of decoding take them, in few kernels.
+    """Projections of the same vectors as one product, in the place of a small one for each."""
 
-    Projections of the same vectors are one product in the place of a small one for each, with the
-    norm before it; the product that ends the part of the layer adds to the hidden states.
-    """
-
-    def __init__(
-        self,
-        weights: Sequence[jax.Array],
-        output: jax.Array,
-        implementation: Literal["xla"] | None,
-    ) -> None:
-        """Joins weights of projections without biases.
-
-        Args:
-            weights: [D, ...] each, of the same vectors.
-            output: [..., D], of the last product.
-            implementation: of the products; None for the best.
-        """
+    def __init__(self, weights: Sequence[jax.Array]) -> None:
+        """Joins weights [D, ...] of projections without biases."""
         self.shapes = tuple(weight.shape[1:] for weight in weights)
         joined = [weight.reshape(weight.shape[0], -1) for weight in weights]
         self.weight = nnx.Param(jnp.concatenate(joined, axis=1))
-        self.output = nnx.Param(output.reshape(-1, output.shape[-1]))
-        self.implementation = implementation
 
-    def project(self, x: jax.Array, norm: "RMSNorm") -> list[jax.Array]:
-        """Maps [..., D] to what each makes of norm(x): [..., *rest of its weight]."""
-        parts = self._multiply(x, norm, widths=[math.prod(shape) for shape in self.shapes])
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """Maps [..., D] to what each projection makes of it: [..., *rest of its weight]."""
+        ends = list(itertools.accumulate(map(math.prod, self.shapes)))
+        parts = jnp.split(x @ self.weight[...].astype(x.dtype), ends[:-1], axis=-1)
         kept = x.shape[:-1]
         return [y.reshape(*kept, *shape) for y, shape in zip(parts, self.shapes, strict=True)]
 
-    def gate(self, x: jax.Array, norm: "RMSNorm") -> jax.Array:
-        """Maps [B, D] to silu(norm(x) W_0) * (norm(x) W_1), of the two weights."""
-        return self._multiply(x, norm, gated=True)[0]
 
-    def add_output(self, residual: jax.Array, x: jax.Array) -> jax.Array:
-        """Maps x [B, ...] by the last product and adds it to [B, D]."""
-        (y,) = decode_linear(
-            x.reshape(x.shape[0], -1), self.output[...].astype(x.dtype), residual=residual,
-            implementation=self.implementation,
-        )  # fmt: skip
-        return y
-
-    def _multiply(self, x: jax.Array, norm: "RMSNorm", **results: Any) -> list[jax.Array]:
-        return decode_linear(
-            x.reshape(-1, x.shape[-1]), self.weight[...].astype(x.dtype),
-            norm_scale=norm.scale[...], epsilon=norm.epsilon,
-            implementation=self.implementation, **results,
-        )  # fmt: skip
-
-
-def join(
-    weights: Sequence[jax.Array | None],
-    output: Projection,
-    implementation: Literal["xla"] | None,
-) -> JoinedProjections | None:
-    """Joins weights and the projection that follows; None where one of them has a bias."""
-    unbiased = [weight for weight in weights if weight is not None]
-    last = output.unbiased()
-    if last is None or len(unbiased) < len(weights):
+def join(*projections: tuple[Projection, int]) -> JoinedProjections | None:
+    """Joins projections, each with the axis of its weight that is summed; None with biases."""
+    if any(projection.bias is not None for projection, _ in projections):
         return None
-    return JoinedProjections(unbiased, last, implementation)
+    return JoinedProjections([jnp.moveaxis(p.weight[...], axis, 0) for p, axis in projections])
 
 
 class RMSNorm(nnx.Module):
@@ -189,8 +143,8 @@ class SwiGLU(nnx.Module):
         self.down = Projection(
             into[::-1], ("mlp", "embed"), residual_stddev(cfg), bias=bias, rngs=rngs
         )
-        self.implementation = cfg.implementation
         self.joined: JoinedProjections | None = nnx.data(None)
+        self.padded_down: nnx.Param | None = nnx.data(None)
 
     def join(self) -> None:
         """Joins what multiplies the same vectors, for a loop of steps with few of them.
@@ -201,23 +155,18 @@ class SwiGLU(nnx.Module):
             return
         gate, up, down = (p.weight[...] for p in (self.gate, self.up, self.down))
         padding = (0, -down.shape[0] % FEATURES_MULTIPLE)
-        gate_and_up = [jnp.pad(w, ((0, 0), padding)) for w in (gate, up)]
-        down = jnp.pad(down, (padding, (0, 0)))
-        self.joined = JoinedProjections(gate_and_up, down, self.implementation)
+        self.joined = JoinedProjections([jnp.pad(w, ((0, 0), padding)) for w in (gate, up)])
+        self.padded_down = nnx.Param(jnp.pad(down, (padding, (0, 0))))
 
     @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., D] to [..., D]."""
+        if self.joined is not None and self.padded_down is not None:
+            gate, up = self.joined(x)
+            return _gated(gate, up) @ self.padded_down[...].astype(x.dtype)
         # Between gate and up and the product of both a scan over layers keeps nothing.
         gated = jax.checkpoint(_gated, prevent_cse=False)(*self._gate_and_up(x))
         return self.down("...F,FD->...D", gated)
-
-    @jax.named_scope("mlp")
-    def decode(self, x: jax.Array, norm: RMSNorm) -> jax.Array:
-        """Maps hidden states of one token a row, [B, D], to x + y(norm(x))."""
-        if self.joined is None:
-            return x + self(norm(x))
-        return self.joined.add_output(x, self.joined.gate(x, norm))
 
     def _gate_and_up(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x W_gate and x W_up, [..., F] each."""

@@ -50,7 +50,7 @@ from asa_jax.model.cached_attention import (
     pad_rows,
     write_if,
 )
-from asa_jax.model.layers import Projection, RMSNorm, residual_stddev
+from asa_jax.model.layers import Projection, residual_stddev
 from asa_jax.model.rope import rotate
 from asa_jax.model.sparse_cache import (
     KeyValue,
@@ -140,12 +140,11 @@ class NativeSparseAttention(nnx.Module):
         return self._combine(x, outputs), cache._replace(block_indices=in_force)
 
     def decode(
-        self, x: jax.Array, norm: RMSNorm, position: jax.Array, cache: SparseCache
+        self, x: jax.Array, position: jax.Array, cache: SparseCache
     ) -> tuple[jax.Array, SparseCache]:
-        """Appends one token a row, x [B, D], to the cache, and gives x + attention(norm(x))."""
-        rows, padded = position.size, pad_rows(position, x.shape[0])[:, None]
-        normed = norm(x)[:, None]
-        query, pairs = jax.tree.map(lambda a: a[:rows], self._project(normed, padded))
+        """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
+        rows, padded, x = position.size, pad_rows(position, x.shape[0])[:, None], x[:, None]
+        query, pairs = jax.tree.map(lambda a: a[:rows], self._project(x, padded))
         cache = self._append_summary(append_token(cache, pairs, position), position)
         outputs: dict[str, jax.Array] = {}
         if cache.compressed is not None:
@@ -165,7 +164,8 @@ class NativeSparseAttention(nnx.Module):
         if "window" in self.cfg.nsa_branches:
             outputs["window"] = self._attend_window(query[:, 0], cache, position)
         padded_outputs = {n: pad_rows(o, x.shape[0])[:, None] for n, o in outputs.items()}
-        return x + self._combine(normed, padded_outputs)[:, 0], cache
+        output = self._combine(x, padded_outputs)
+        return output[:, 0], cache
 
     def _project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, dict[str, KeyValue]]:
         """Rotated queries [B, T, N, H], and each branch's keys and values.

@@ -75,10 +75,9 @@ class Layer(nnx.Module):
 
     def decode(self, x: jax.Array, position: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """Maps one token a row, [B, D], to [B, D]."""
-        x, cache = self.attention.decode(x, self.attention_norm, position, cache)
-        if isinstance(self.mlp, MixtureOfExperts):
-            return x + self.mlp(self.mlp_norm(x)), cache
-        return self.mlp.decode(x, self.mlp_norm), cache
+        y, cache = self.attention.decode(self.attention_norm(x), position, cache)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache
 
 
 class LayerGroup(nnx.Module):
@@ -140,7 +139,10 @@ class Transformer(nnx.Module):
         return self.final_norm(x)
 
     def join(self) -> None:
-        """Joins weights that multiply the same vectors, for a loop of steps on one device."""
+        """Joins weights that multiply the same vectors, of layers in a list on one device.
+
+        Made before a loop of steps, it saves each of them many small products.
+        """
         if self.cfg.scan_layers or not jax.sharding.get_abstract_mesh().empty:
             return
         for group in [*([] if self.prefix is None else [self.prefix]), *self.groups]:
