@@ -41,6 +41,16 @@ class Measurement:
         assert self.process.stdout is not None
         select.select([self.process.stdout], [], [], max(0, deadline - time.monotonic()))
 
+    def end_compiled(self, deadline: float) -> dict[str, Any]:
+        """Its first line, once it compiled; it is ended then, or at the deadline without one."""
+        self.wait_until_compiled(deadline)
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], 0)
+        line = self.process.stdout.readline() if ready else b""
+        self.process.kill()
+        self.process.communicate()
+        return json.loads(line) if line else {}
+
     def results(self, timeout_seconds: float) -> list[dict[str, Any]]:
         """Lets it measure; returns its lines, with an error if it did not end well and in time."""
         ending = None

@@ -1,8 +1,6 @@
 """The training benchmark: one small row for real, and the table of given numbers."""
 
-import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,15 +41,22 @@ def test_command_line_errors(arguments, message, capsys):
 
 
 @pytest.mark.slow
-def test_a_row_is_measured(token_folder, small_flags):
-    command = [
-        sys.executable, "-m", "asa_jax.training.speed", "--config=configs/base.py",
-        *small_flags, f"--config.data.sources=('{token_folder}',)",
-    ]  # fmt: skip
-    result = subprocess.run(command, input=b"\n", capture_output=True, timeout=280, check=False)
-    assert result.returncode == 0, result.stderr.decode()
-    about, measured = map(json.loads, result.stdout.splitlines())
-    assert about["compile_seconds"] > 0
-    step_seconds = 8 * 64 / measured["tokens_per_second"]
-    assert 0 < measured["step_seconds"] < 3 * step_seconds and measured["loss"] > 0
-    assert measured["input_tokens_per_second"] > 0
+def test_a_row_is_measured_by_another_process_than_the_one_that_compiled(
+    token_folder, small_flags, monkeypatch
+):
+    caches, entries = [], []
+    start, measure_in_turn = benchmark.start, benchmark.measure_in_turn
+    monkeypatch.setattr(benchmark, "start", lambda *args: caches.append(args[2]) or start(*args))
+
+    def measure(running, timeout_seconds):
+        entries.extend(path.name for path in Path(caches[0]).iterdir())
+        return measure_in_turn(running, timeout_seconds)
+
+    monkeypatch.setattr(benchmark, "measure_in_turn", measure)
+    row = benchmark.Row("small", "configs/base.py", 64, 8, None, tuple(small_flags))
+    (record,) = benchmark.measure([row], str(token_folder), 280)
+    assert "error" not in record and record["compile_seconds"] > 0
+    assert len(caches) == 2 and any(name.startswith("jit_step") for name in entries)
+    step_seconds = 8 * 64 / record["tokens_per_second"]
+    assert 0 < record["step_seconds"] < 3 * step_seconds and record["loss"] > 0
+    assert record["input_tokens_per_second"] > 0
