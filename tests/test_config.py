@@ -177,15 +177,16 @@ class WrongValueTest(parameterized.TestCase):
         )
 
     def test_parts_of_a_batch(self):
-        """As few as leave a device 65,536 tokens or one row; 64 rows of 8,192 tokens."""
+        """As few as leave a device `device_tokens` or one row; 64 rows of 8,192 tokens."""
         mesh = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
         parts = {}
         for name, changes in {
             "one device": {}, "eight": {"data": 8}, "six": {"fsdp": 6}, "half rows": {"context": 2},
         }.items():  # fmt: skip
-            parts[name] = config_from_dict(_values()).batch_parts(mesh | changes)
+            values = _values()
+            values["optimizer"]["device_tokens"] = 65_536
+            parts[name] = config_from_dict(values).batch_parts(mesh | changes)
         self.assertEqual(parts, {"one device": 8, "eight": 1, "six": 2, "half rows": 4})
-        values = _values()
         values["optimizer"]["device_tokens"] = 1000
         self.assertEqual(config_from_dict(values).batch_parts(mesh), 64)
         values["optimizer"]["accumulation_steps"] = 2

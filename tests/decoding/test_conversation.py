@@ -117,6 +117,15 @@ def test_interrupt_while_reading_keeps_what_was_read(generator):
     assert conversation.tokens == text + _read_at_once(generator, text)
 
 
+@pytest.fixture
+def interruptible():
+    """As from a terminal: what a shell starts in the background ignores SIGINT."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_at_any_call_loses_nothing(generator, monkeypatch):
     def interrupted(call, *args, **kwargs):
         result = call(*args, **kwargs)
