@@ -135,7 +135,7 @@ def train(
         for step in range(start + 1, config.steps + 1):
             profile.before(step)
             batch, waited = feed.next()
-            state, metrics = trainer.step(state, batch)
+            state, metrics = trainer.step(state, batch, trainer.schedule)
             log.push(step, metrics, waited)
 
             stopping = stop.arrived()

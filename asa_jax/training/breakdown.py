@@ -176,7 +176,7 @@ def profile_steps(config: Config) -> dict[str, Any]:
     with jax.set_mesh(mesh), Feed(config, sources, mesh) as feed:
         trainer = make_trainer(config, mesh, sources[0].tokenizer().byte_lengths())
         batch, _ = feed.next()
-        compiled: Any = trainer.step.lower(trainer.state, batch).compile()  # type: ignore[attr-defined]
+        compiled: Any = trainer.lower(batch).compile()
         trainer = trainer._replace(step=compiled)
         state, _, _ = _run(trainer, feed, trainer.init(), WARM_STEPS)
         state, seconds, waited = _run(trainer, feed, state, TIMED_STEPS)
@@ -206,7 +206,7 @@ def _run(
     for _ in range(steps):
         batch, wait = feed.next()
         waited += wait
-        state, metrics = trainer.step(state, batch)
+        state, metrics = trainer.step(state, batch, trainer.schedule)
         jax.block_until_ready(previous)
         previous = metrics
     jax.block_until_ready(state)

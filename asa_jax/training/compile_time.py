@@ -29,7 +29,7 @@ def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, mesh, np.ones(config.model.vocab_size, np.int32))
-        return trainer.step.lower(trainer.state, batch)  # type: ignore[attr-defined]
+        return trainer.lower(batch)
 
 
 def compile_time(config: Config) -> dict[str, float]:

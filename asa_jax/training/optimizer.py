@@ -1,9 +1,12 @@
 """AdamW and Muon with warm-up schedules, global-norm clipping and weight decay, all of optax."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.typing import ArrayLike
 from optax.contrib import MuonDimensionNumbers
 
 from asa_jax.config import OptimizerConfig
@@ -14,8 +17,29 @@ STACK_AXES = ("layers", "pair", "experts")
 MUON_RMS = 0.2
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of update n = 0, 1, ..., relative to the configured rate.
+class Schedule(NamedTuple):
+    """The numbers of a learning-rate schedule, float32.
+
+    They are arguments of the compiled step, so that runs which differ in nothing else share it.
+
+    Attributes:
+        learning_rate, adam_learning_rate: the highest of the run.
+        warmup_steps: updates of the linear warm-up; at least 1.
+        decay_start: updates before the decay.
+        decay_steps: updates of the decay; at least 1.
+        final_ratio: of the rate after the decay to the highest.
+    """
+
+    learning_rate: ArrayLike
+    adam_learning_rate: ArrayLike
+    warmup_steps: ArrayLike
+    decay_start: ArrayLike
+    decay_steps: ArrayLike
+    final_ratio: ArrayLike
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+    """Returns the schedule of a run.
 
     Linear warm-up, then `cosine`: half a cosine down to the final ratio; `wsd`: constant, then
     linear to the final ratio over the last `decay_fraction` of the steps; `constant`.
@@ -23,64 +47,70 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     Args:
         config: schedule and warm-up.
         steps: updates of the whole run.
-
-    Returns:
-        A function from the number of updates done to a factor in (0, 1].
     """
-    warmup, final = config.warmup_steps, config.final_learning_rate_ratio
-    decay = min(round(config.decay_fraction * steps), steps - warmup)
-    boundaries = [warmup]
+    after, final = steps - config.warmup_steps, config.final_learning_rate_ratio
     match config.schedule:
         case "cosine":
-            after = [optax.cosine_decay_schedule(1.0, max(1, steps - warmup), final)]
+            start, decay = config.warmup_steps, after
         case "wsd":
-            after = [
-                optax.constant_schedule(1.0), optax.linear_schedule(1.0, final, max(1, decay))
-            ]  # fmt: skip
-            boundaries.append(steps - decay)
+            decay = min(round(config.decay_fraction * steps), after)
+            start = steps - decay
         case _:
-            after = [optax.constant_schedule(1.0)]
-    warm = optax.linear_schedule(0.0, 1.0, max(1, warmup))
-    joined = optax.join_schedules([warm, *after], boundaries)
-    # The first update, with no update done, takes the first value above zero.
-    return lambda done: joined(done + 1)
+            start, decay, final = steps, 1, 1.0
+    numbers = (
+        config.learning_rate, config.adam_learning_rate, max(1, config.warmup_steps),
+        start, max(1, decay), final,
+    )  # fmt: skip
+    return Schedule(*map(np.float32, numbers))
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
-    """The optimizer of a run: clip by global norm, then AdamW or Muon.
+def schedule_factor(schedule: Schedule, is_cosine: bool, done: ArrayLike) -> jax.Array:
+    """Learning rate of the update after `done` others, relative to the highest; in (0, 1].
+
+    Optax's own schedules take no traced numbers.
+    """
+    update = jnp.asarray(done, jnp.float32) + 1  # the first one has a rate above zero
+    warm = jnp.minimum(update / schedule.warmup_steps, 1)
+    progress = jnp.clip((update - schedule.decay_start) / schedule.decay_steps, 0, 1)
+    left = (1 + jnp.cos(jnp.pi * progress)) / 2 if is_cosine else 1 - progress
+    return warm * (schedule.final_ratio + (1 - schedule.final_ratio) * left)
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    axes: Any,
+    learning_rate: ArrayLike = 0.0,
+    adam_learning_rate: ArrayLike = 0.0,
+) -> optax.GradientTransformation:
+    """The optimizer of an update: clip by global norm, then AdamW or Muon.
 
     AdamW decays matrices and embeddings, not norm scales. Muon takes and decays the matrices inside
     the layers; the rest (embeddings, unembedding, norms, gates) goes to Adam with Nesterov momentum
-    and `adam_learning_rate`, undecayed.
+    and its own rate, undecayed. The optimizer's state knows nothing of the rates.
 
     Args:
-        config: optimizer and schedule.
-        steps: updates of the whole run.
+        config: optimizer.
         axes: logical axes of the parameters, a tree of tuples of names.
+        learning_rate: of this update.
+        adam_learning_rate: of this update, for what Muon leaves to Adam.
 
     Returns:
         The transformation of gradients into updates.
     """
-    factor = learning_rate_schedule(config, steps)
-    main = optimizer_rate(factor, config.learning_rate)
     if config.name == "adamw":
         rule = optax.adamw(
-            main, b1=config.b1, b2=config.b2, eps=config.epsilon,
+            learning_rate, b1=config.b1, b2=config.b2, eps=config.epsilon,
             weight_decay=config.weight_decay, mask=_map_axes(_is_decayed, axes),
         )  # fmt: skip
     else:
         rule = optax.contrib.muon(
-            main, beta=config.b1, weight_decay=config.weight_decay, consistent_rms=MUON_RMS,
+            learning_rate, beta=config.b1, weight_decay=config.weight_decay,
+            consistent_rms=MUON_RMS,
             muon_weight_dimension_numbers=_map_axes(matrix_axes, axes),
             adam_b1=config.b1, adam_b2=config.b2, eps=config.epsilon,
-            adam_learning_rate=optimizer_rate(factor, config.adam_learning_rate),
+            adam_learning_rate=adam_learning_rate,
         )  # fmt: skip
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
-
-
-def optimizer_rate(factor: optax.Schedule, rate: float) -> optax.Schedule:
-    """Scales a schedule."""
-    return lambda done: rate * factor(done)
 
 
 def matrix_axes(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:

@@ -42,7 +42,7 @@ def main(config: Config) -> None:
         trainer = make_trainer(config, mesh, sources[0].tokenizer().byte_lengths())
         batch, _ = feed.next()
         start = time.perf_counter()
-        compiled = trainer.step.lower(trainer.state, batch).compile()  # type: ignore[attr-defined]
+        compiled = trainer.lower(batch).compile()
         about = {
             "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
@@ -73,7 +73,7 @@ def measure(config: Config, trainer: Trainer, feed: Feed) -> dict[str, Any]:
     for _ in range(WARM_STEPS + TIMED_STEPS):
         batch, wait = feed.next()
         start = time.perf_counter()
-        state, metrics = trainer.step(state, batch)
+        state, metrics = trainer.step(state, batch, trainer.schedule)
         dispatches.append(time.perf_counter() - start)
         waits.append(wait)
         # As a run does: the metrics of a step are waited for when the next one is queued.

@@ -1,5 +1,6 @@
 """One step of training or evaluation, as pure functions of a state and a batch."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +18,12 @@ from asa_jax.errors import ConfigError
 from asa_jax.model.transformer import abstract_model, init_params
 from asa_jax.sharding import batch_sharding, check_groups, param_shardings
 from asa_jax.training.losses import summed_nll
-from asa_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from asa_jax.training.optimizer import (
+    Schedule,
+    make_optimizer,
+    make_schedule,
+    schedule_factor,
+)
 
 # inputs, targets, positions, segment_ids: int32 [B, T] each, tokens in the order of
 # `context_parallel.placement`.
@@ -65,18 +71,24 @@ class Trainer(NamedTuple):
     Attributes:
         mesh: the devices.
         state: TrainState of ShapeDtypeStruct with shardings.
+        schedule: of the learning rate, for `step`.
         init: makes the state of step 0.
-        step: maps a state, which it consumes, and a batch to the next state and metrics: scalars
-            loss, grad_norm, grad_norm_average, learning_rate, tokens, target_bytes,
+        step: maps a state, which it consumes, a batch and a schedule to the next state and metrics:
+            scalars loss, grad_norm, grad_norm_average, learning_rate, tokens, target_bytes,
             skipped_steps, skipped_in_a_row.
         evaluate: maps parameters and a batch to sums: nll, tokens, target_bytes.
     """
 
     mesh: Mesh
     state: TrainState
+    schedule: Schedule
     init: Callable[[], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    step: Callable[[TrainState, Batch, Schedule], tuple[TrainState, Metrics]]
     evaluate: Callable[[Any, Batch], Metrics]
+
+    def lower(self, batch: Mapping[str, Any]) -> jax.stages.Lowered:
+        """Lowers the step for batches like this one, which may be shapes alone."""
+        return self.step.lower(self.state, batch, self.schedule)  # type: ignore[attr-defined]
 
 
 def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Trainer:
@@ -95,10 +107,12 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
     """
     _check_mesh(config, mesh)
     graphdef, shapes, axes = abstract_model(config.model)
-    optimizer = make_optimizer(config.optimizer, config.training.steps, axes)
+    optimizer = make_optimizer(config.optimizer, axes)
+    # Seed and schedule are arguments, so that runs which differ in them alone share their programs.
+    seed = np.asarray(jax.random.key_data(jax.random.key(config.training.seed)))
 
-    def init() -> TrainState:
-        params = init_params(config.model, jax.random.key(config.training.seed))
+    def init(seed: jax.Array) -> TrainState:
+        params = init_params(config.model, jax.random.wrap_key_data(seed))
         # One array each: the step consumes its state, and a buffer can be given up only once.
         return TrainState(
             params=params,
@@ -109,17 +123,18 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
             grad_norm_average=jnp.zeros(()),
         )
 
-    state = jax.eval_shape(init)
+    state = jax.eval_shape(init, seed)
     shardings = _state_shardings(mesh, state, param_shardings(mesh, axes, shapes))
     sums = make_sums(graphdef, byte_lengths, config.training.loss_chunk_tokens)
     batch, one = batch_sharding(mesh), NamedSharding(mesh, P())
     return Trainer(
         mesh=mesh,
         state=with_shardings(state, shardings),
-        init=jax.jit(init, out_shardings=shardings),
+        schedule=make_schedule(config.optimizer, config.training.steps),
+        init=functools.partial(jax.jit(init, out_shardings=shardings), seed),
         step=jax.jit(
-            make_step(sums, optimizer, config, config.batch_parts(mesh.shape)),
-            in_shardings=(shardings, batch),
+            make_step(sums, axes, config, config.batch_parts(mesh.shape)),
+            in_shardings=(shardings, batch, one),
             out_shardings=(shardings, one),
             donate_argnums=0,
             compiler_options=STEP_OPTIONS,
@@ -148,20 +163,20 @@ def make_sums(
 
 def make_step(
     sums: Callable[[Any, Batch], Metrics],
-    optimizer: optax.GradientTransformation,
+    axes: Any,
     config: Config,
     parts: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch, Schedule], tuple[TrainState, Metrics]]:
     """Returns the training step: one update by the mean nll of the batch's tokens, in equal parts.
 
     A loss or gradient that is not finite, or a gradient norm `spike_factor` times its average,
     leaves parameters and optimizer state as they are. That is decided before clipping, which would
     turn one infinite gradient into NaN everywhere.
     """
-    schedule = learning_rate_schedule(config.optimizer, config.training.steps)
+    is_cosine = config.optimizer.schedule == "cosine"
     spike_factor = config.training.spike_factor
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, schedule: Schedule) -> tuple[TrainState, Metrics]:
         # Of all parts, so that their losses and gradients add up to those of the whole batch.
         tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
 
@@ -175,7 +190,12 @@ def make_step(
         updates_done = state.step - state.skipped_steps
         sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         sound &= ~_is_spike(grad_norm, state.grad_norm_average, updates_done, spike_factor)
+        factor = schedule_factor(schedule, is_cosine, updates_done)
+        learning_rate = schedule.learning_rate * factor
         with jax.named_scope("optimizer"):
+            optimizer = make_optimizer(
+                config.optimizer, axes, learning_rate, schedule.adam_learning_rate * factor
+            )
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         weight = 1 / jnp.minimum(updates_done + 1, SPIKE_AVERAGE_STEPS)
@@ -189,7 +209,7 @@ def make_step(
             "loss": loss,
             "grad_norm": grad_norm,
             "grad_norm_average": state.grad_norm_average,
-            "learning_rate": config.optimizer.learning_rate * schedule(updates_done),
+            "learning_rate": learning_rate,
             "tokens": totals["tokens"],
             "target_bytes": totals["target_bytes"],
         }

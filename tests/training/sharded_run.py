@@ -80,7 +80,7 @@ def main() -> None:
                     name: place_rows(rows, config.mesh.context) for name, rows in batch.items()
                 }
                 batch = jax.device_put(batch, batch_sharding(mesh))
-                state, metrics = trainer.step(state, batch)
+                state, metrics = trainer.step(state, batch, trainer.schedule)
                 values += [float(metrics["loss"]), float(metrics["grad_norm"])]
             losses.append(values)
             if saved is None:

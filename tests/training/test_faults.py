@@ -137,7 +137,7 @@ def test_a_step_with_shuffled_labels_is_skipped(make_config, token_folder):
                 before = jax.tree.map(np.asarray, (state.params, state.opt_state))
                 targets = np.random.default_rng(0).permutation(np.ravel(batch["targets"]))
                 batch["targets"] = jax.numpy.reshape(targets, batch["inputs"].shape)
-            state, metrics = trainer.step(state, batch)
+            state, metrics = trainer.step(state, batch, trainer.schedule)
             if step == spike:
                 chex.assert_trees_all_equal((state.params, state.opt_state), before)
                 assert metrics["grad_norm"] > 2 * metrics["grad_norm_average"]

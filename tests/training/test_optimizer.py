@@ -9,7 +9,12 @@ from absl.testing import parameterized
 from optax.contrib import MuonDimensionNumbers
 
 from asa_jax.model.transformer import abstract_model
-from asa_jax.training.optimizer import learning_rate_schedule, make_optimizer, matrix_axes
+from asa_jax.training.optimizer import (
+    make_optimizer,
+    make_schedule,
+    matrix_axes,
+    schedule_factor,
+)
 
 STEPS = 100
 
@@ -22,7 +27,8 @@ class ScheduleTest(parameterized.TestCase):
     def _factors(self, **fields):
         overrides = {f"optimizer.{name}": value for name, value in fields.items()}
         config = self.make_config(**overrides, **{"training.steps": STEPS}).optimizer
-        return np.array([learning_rate_schedule(config, STEPS)(i) for i in range(STEPS)])
+        is_cosine = config.schedule == "cosine"
+        return schedule_factor(make_schedule(config, STEPS), is_cosine, np.arange(STEPS))
 
     @parameterized.parameters("cosine", "wsd", "constant")
     def test_warms_up_linearly_from_the_first_update(self, schedule):
@@ -102,7 +108,7 @@ LAYERS = 3
 
 def _updates(config, axes, values):
     """The last of the updates by gradients values[1:] that start at parameters values[0]."""
-    optimizer = make_optimizer(config.optimizer, 10, axes)
+    optimizer = make_optimizer(config.optimizer, axes, 1e-3, 1e-3)
 
     @jax.jit
     def run(params, gradients):

@@ -1,12 +1,14 @@
 """The training step on a toy model: accumulation, counting, steps that are not finite."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asa_jax.training.optimizer import make_optimizer
+from asa_jax.training.optimizer import make_optimizer, make_schedule
 from asa_jax.training.step import SPIKE_FIRST_STEPS, TrainState, make_step
 
 AXES = {"w": ("embed", "mlp"), "b": ("activation",)}
@@ -42,25 +44,29 @@ def _batch(seed=0):
     }
 
 
-def _start(optimizer):
+def _start(config):
     rng = np.random.default_rng(1)
     params = {
         "w": jnp.asarray(rng.normal(size=(FEATURES, 3)), jnp.float32),
         "b": jnp.zeros(3),
     }
     zero = jnp.int32(0)
-    return TrainState(params, optimizer.init(params), zero, zero, zero, jnp.float32(0))
+    return TrainState(
+        params,
+        make_optimizer(config.optimizer, AXES).init(params),
+        zero,
+        zero,
+        zero,
+        jnp.float32(0),
+    )
 
 
 def _make(make_config, sums=_sums, spike_factor=0.0, **overrides):
     fields = {f"optimizer.{k}": v for k, v in overrides.items()}
     config = make_config(**{"training.spike_factor": spike_factor}, **fields)
-    optimizer = make_optimizer(config.optimizer, config.training.steps, AXES)
-    return (
-        jax.jit(make_step(sums, optimizer, config, config.optimizer.accumulation_steps or 1)),
-        _start(optimizer),
-        config,
-    )
+    step = jax.jit(make_step(sums, AXES, config, config.optimizer.accumulation_steps or 1))
+    schedule = make_schedule(config.optimizer, config.training.steps)
+    return lambda state, batch: step(state, batch, schedule), _start(config), config
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -163,10 +169,12 @@ def test_a_batch_of_padding_alone_changes_nothing_but_decay(make_config):
     chex.assert_trees_all_equal(after.params, state.params)
 
 
-def test_is_traced_once(make_config):
+def test_steps_and_schedules_share_one_trace(make_config):
     config = make_config()
-    optimizer = make_optimizer(config.optimizer, config.training.steps, AXES)
-    step = jax.jit(chex.assert_max_traces(make_step(_sums, optimizer, config, 1), n=1))
-    state = _start(optimizer)
-    for seed in range(3):
-        state, _ = step(state, _batch(seed))
+    step = jax.jit(chex.assert_max_traces(make_step(_sums, AXES, config, 1), n=1))
+    state, rates = _start(config), []
+    for seed, (rate, steps) in enumerate([(1e-3, 10), (1e-3, 10), (2e-3, 20)]):
+        changed = dataclasses.replace(config.optimizer, learning_rate=rate, warmup_steps=0)
+        state, metrics = step(state, _batch(seed), make_schedule(changed, steps))
+        rates.append(float(metrics["learning_rate"]))
+    assert rates[1] < rates[0] <= 1e-3 < rates[2] < 2e-3
