@@ -13,7 +13,7 @@ import select
 import shlex
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,20 +21,27 @@ from typing import Any
 
 from pallas_kernels import dispatch
 
+# In front of what a process says on stderr to whoever waits for it.
+PROGRESS = "progress: "
+
 
 class Measurement:
-    """One such process."""
+    """One such process; its lines of progress are passed on at once."""
 
     def __init__(self, arguments: list[str], **environment: str) -> None:
         """Starts Python with these arguments; it shall print JSON, a line after it compiled."""
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115, open as long as the process
+        said, errors = os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.errors,
+            stderr=errors,
             env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **environment},
         )
+        os.close(errors)
+        self._last_said = ""
+        self._listener = threading.Thread(target=self._listen, args=(said,), daemon=True)
+        self._listener.start()
 
     def wait_until_compiled(self, deadline: float) -> None:
         """Returns at its first line, at its end, or at the deadline (in time.monotonic)."""
@@ -60,12 +67,18 @@ class Measurement:
             self.process.kill()
             output, _ = self.process.communicate()
             ending = f"no end in {timeout_seconds:g} s"
-        if self.process.returncode and ending is None:
-            self.errors.seek(0)
-            said = self.errors.read().decode(errors="replace").strip().splitlines()
-            ending = f"exit {self.process.returncode}: {said[-1][:200] if said else ''}"
+        self._listener.join(5)  # longer only where a process of the process is left
+        if self.process.returncode:
+            ending = f"{ending or f'exit {self.process.returncode}'}: {self._last_said[:200]}"
         lines = [json.loads(line) for line in output.splitlines()]
         return lines + ([{"error": ending}] if ending else [])
+
+    def _listen(self, pipe: int) -> None:
+        with open(pipe, errors="replace") as lines:
+            for line in filter(str.strip, lines):
+                self._last_said = line.strip()
+                if line.startswith(PROGRESS):
+                    print(line, end="", file=sys.stderr, flush=True)
 
 
 def measure_in_turn(

@@ -68,11 +68,14 @@ def abstract_caches(cfg: ModelConfig, batch: int, length: int) -> list[Any]:
 
 
 def random_caches(cfg: ModelConfig, batch: int, length: int) -> Iterator[Any]:
-    """Caches of all layers, one after another, full of normal keys and values."""
-    for number, cache in enumerate(abstract_caches(cfg, batch, length)):
+    """Caches of all layers, one after another, full of normal keys and values, alike in all rows.
+
+    Numbers need three times their memory while they are drawn, so rows that fit could not be.
+    """
+    for number, cache in enumerate(abstract_caches(cfg, 1, length)):
         leaves, structure = jax.tree.flatten(cache)
         drawn = [random_array(number * 7 + i, x.shape, x.dtype, 1.0) for i, x in enumerate(leaves)]
-        yield jax.tree.unflatten(structure, drawn)
+        yield jax.tree.unflatten(structure, [jnp.repeat(x, batch, axis=0) for x in drawn])
 
 
 def first_inputs(cfg: ModelConfig, batch: int) -> jax.Array:

@@ -35,6 +35,7 @@ from asa_jax.config import ModelConfig
 from asa_jax.decoding.random_params import random_params
 from asa_jax.decoding.step_bytes import serving_shapes, tree_bytes
 from asa_jax.model.transformer import abstract_model
+from pallas_kernels.measurement import PROGRESS
 
 LARGEST = "max"
 # Left free on the device for what a step and the making of an index need, and of the host's memory.
@@ -120,7 +121,7 @@ def _time_full(
     cfg: ModelConfig, params: Any, settings: DecodingConfig, arguments: Arguments, batch: int
 ) -> dict[str, Any]:
     """Steps of the whole model in one program, queued one behind another, as generate.py does."""
-    caches = list(random_caches(cfg, batch, arguments.context))
+    caches = list(_told(cfg, arguments, batch))
     of_rows = tree_bytes(caches)
     state = jnp.zeros(batch, jnp.int32), _first_position(arguments, batch), _grouped(cfg, caches)
     del caches
@@ -219,8 +220,23 @@ def _loaded(
     model = make_model(cfg, params, settings, channels, MeasuredDeviceModel, MeasuredModel)
     assert isinstance(model, MeasuredDeviceModel | MeasuredModel)
     lengths = np.asarray(_first_position(arguments, batch))
-    model.load(random_caches(cfg, batch, arguments.context), lengths)
+    model.load(_told(cfg, arguments, batch), lengths)
     return model
+
+
+def _told(cfg: ModelConfig, arguments: Arguments, batch: int) -> Iterator[Any]:
+    """Random caches; says how far they are."""
+    begin = time.perf_counter()
+    for number, cache in enumerate(random_caches(cfg, batch, arguments.context)):
+        yield cache
+        _tell(arguments, batch, f"layer {number + 1} of {cfg.num_layers}", begin)
+    _tell(arguments, batch, "steps, of which the first is compiled", begin)
+
+
+def _tell(arguments: Arguments, batch: int, what: str, begin: float) -> None:
+    place = f"{arguments.model}, {arguments.context} tokens, {arguments.method}, batch {batch}"
+    seconds = time.perf_counter() - begin
+    print(f"{PROGRESS}{place}: {what}, {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 def _first_position(arguments: Arguments, batch: int) -> jax.Array:

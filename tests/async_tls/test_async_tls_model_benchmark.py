@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from asa_jax.async_tls import benchmark, benchmark_rows
-from asa_jax.async_tls.benchmark_models import MODELS, model_of
+from asa_jax.async_tls.benchmark_models import MODELS, abstract_caches, model_of, random_caches
 from asa_jax.async_tls.benchmark_rows import Arguments
-from asa_jax.async_tls.settings import key_shape
+from asa_jax.async_tls.settings import DEFAULTS, decoding_config, key_shape
 from tests.models import tiny_model_config
 
 SETTINGS = {"block_size": 4, "num_blocks": 4, "token_budget": 8, "num_dense_layers": 1}
@@ -27,8 +28,36 @@ def test_models_have_the_sizes_of_their_names():
     assert model_of(MODELS[1], 3).num_layers == 3
 
 
+@pytest.mark.parametrize(
+    ("method", "host_gib", "rows"),
+    [("full", 125, 4), ("async_tls", 125, 8), ("async_tls", 999, 10)],
+)
+def test_the_most_rows_are_those_that_device_and_host_hold(method, host_gib, rows, monkeypatch):
+    monkeypatch.setattr(benchmark_rows, "system_available_bytes", lambda: host_gib * 2**30)
+    cfg, free = model_of("qwen3_8b", 0), 60_300_000_000
+    settings = decoding_config({**DEFAULTS}, cfg)
+    arguments = dataclasses.replace(SMALL, context=98304, method=method)
+    assert benchmark_rows._largest(cfg, settings, arguments, free) == rows
+    of_layer = 98304 * 2 * 8 * 128 * 2
+    if method == "full":
+        assert rows == free // (36 * of_layer)
+    elif host_gib == 125:  # 34 sparse layers
+        assert rows == int(0.9 * 125 * 2**30) // (34 * of_layer)
+
+
+def test_caches_are_of_their_shapes_and_alike_in_all_rows():
+    cfg = tiny_model_config(("mla",) * 2)
+    caches = list(random_caches(cfg, 3, 8))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), caches) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), abstract_caches(cfg, 3, 8)
+    )
+    for x in jax.tree.leaves(caches):
+        assert (x == x[:1]).all() and x.std() > 0.5
+    assert (caches[0][0] != caches[1][0]).any()
+
+
 @pytest.mark.parametrize("kind", ["full", pytest.param("mla", marks=pytest.mark.slow)])
-def test_every_method_is_measured_and_reported(kind):
+def test_every_method_is_measured_and_reported(kind, capsys):
     cfg = dataclasses.replace(tiny_model_config((kind,) * 2), compute_dtype="bfloat16")
     records = []
     for method in benchmark.METHODS:
@@ -46,6 +75,9 @@ def test_every_method_is_measured_and_reported(kind):
     text = benchmark.markdown(records, {"device": "none"})
     assert text.count("| tiny") == 2 and "x at batch 2" in text
     assert text.count("1000000000 rows do not fit") == 2
+    said = capsys.readouterr().err
+    for method in benchmark.METHODS:
+        assert f"progress: tiny, 128 tokens, {method}, batch 2: layer 2 of 2" in said
 
 
 @pytest.mark.parametrize(
