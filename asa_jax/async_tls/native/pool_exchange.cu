@@ -44,9 +44,9 @@ ffi::Error Finish(Stream stream, const void* pool) {
 }
 
 ffi::Error StartExchange(Stream stream, ffi::AnyBuffer pool, ffi::Buffer<ffi::S32> mailbox,
-                                ffi::Buffer<ffi::S32> request, ffi::Result<ffi::AnyBuffer> out,
-                                ffi::Result<ffi::Buffer<ffi::S32>> kept, bool under_way,
-                                int64_t num_ctas) {
+                         ffi::Buffer<ffi::S32> request, ffi::Result<ffi::AnyBuffer> out,
+                         ffi::Result<ffi::Buffer<ffi::S32>> kept, bool under_way,
+                         int64_t num_ctas) {
   const int64_t num_slots = static_cast<int64_t>(request.element_count()) - kHeader;
   const int64_t pool_bytes = static_cast<int64_t>(pool.size_bytes());
   if (num_slots < 1 || pool_bytes % num_slots || pool.untyped_data() != out->untyped_data() ||
@@ -75,7 +75,7 @@ ffi::Error StartExchange(Stream stream, ffi::AnyBuffer pool, ffi::Buffer<ffi::S3
 }
 
 ffi::Error Join(Stream stream, ffi::AnyBuffer pool, ffi::Buffer<ffi::S32> mailbox,
-                       ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::S32>> kept) {
+                ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::Buffer<ffi::S32>> kept) {
   if (pool.untyped_data() != out->untyped_data() ||
       mailbox.untyped_data() != kept->untyped_data()) {
     return ExchangeError("it is joined in place");
