@@ -1,6 +1,5 @@
 """One step of training or evaluation, as pure functions of a state and a batch."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -108,11 +107,10 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
     _check_mesh(config, mesh)
     graphdef, shapes, axes = abstract_model(config.model)
     optimizer = make_optimizer(config.optimizer, axes)
-    # Seed and schedule are arguments, so that runs which differ in them alone share their programs.
-    seed = np.asarray(jax.random.key_data(jax.random.key(config.training.seed)))
 
-    def init(seed: jax.Array) -> TrainState:
-        params = init_params(config.model, jax.random.wrap_key_data(seed))
+    # Seed and schedule are arguments, so that runs which differ in them alone share their programs.
+    def init(key: jax.Array) -> TrainState:
+        params = init_params(config.model, jax.random.wrap_key_data(key))
         # One array each: the step consumes its state, and a buffer can be given up only once.
         return TrainState(
             params=params,
@@ -123,15 +121,16 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
             grad_norm_average=jnp.zeros(()),
         )
 
-    state = jax.eval_shape(init, seed)
+    state = jax.eval_shape(init, jax.ShapeDtypeStruct((2,), jnp.uint32))
     shardings = _state_shardings(mesh, state, param_shardings(mesh, axes, shapes))
+    init_sharded = jax.jit(init, out_shardings=shardings)
     sums = make_sums(graphdef, byte_lengths, config.training.loss_chunk_tokens)
     batch, one = batch_sharding(mesh), NamedSharding(mesh, P())
     return Trainer(
         mesh=mesh,
         state=with_shardings(state, shardings),
         schedule=make_schedule(config.optimizer, config.training.steps),
-        init=functools.partial(jax.jit(init, out_shardings=shardings), seed),
+        init=lambda: init_sharded(_key_data(config.training.seed)),
         step=jax.jit(
             make_step(sums, axes, config, config.batch_parts(mesh.shape)),
             in_shardings=(shardings, batch, one),
@@ -141,6 +140,11 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
         ),
         evaluate=jax.jit(sums, in_shardings=(shardings.params, batch), out_shardings=one),
     )
+
+
+def _key_data(seed: int) -> np.ndarray:
+    """A key as an array of the host, which is the same in all processes."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 def make_sums(
