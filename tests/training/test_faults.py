@@ -189,8 +189,5 @@ def test_ten_and_ten_steps_are_twenty_on_a_gpu(make_config, token_folder, tmp_pa
         "XLA_FLAGS": f"{flags} --xla_gpu_autotune_level=0",
         # The process of the tests holds memory of the device too.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        # The three parts of the run compile the same step; as train.py does, they keep it.
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     _resumed_equals_straight(config, tmp_path, environment)
