@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
 import re
 import tempfile
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,7 +38,8 @@ from asa_jax.sharding import make_mesh
 from asa_jax.training.device_memory import take_device_memory
 from asa_jax.training.feed import Feed
 from asa_jax.training.run_directory import open_sources
-from asa_jax.training.step import Trainer, TrainState, make_trainer
+from asa_jax.training.step import make_trainer
+from asa_jax.training.timed_steps import run_steps
 from pallas_kernels.measurement import describe_setting, markdown_table, write_report
 
 WARM_STEPS, TIMED_STEPS, PROFILED_STEPS = 3, 6, 3
@@ -178,39 +178,24 @@ def profile_steps(config: Config) -> dict[str, Any]:
         batch, _ = feed.next()
         compiled: Any = trainer.lower(batch).compile()
         trainer = trainer._replace(step=compiled)
-        state, _, _ = _run(trainer, feed, trainer.init(), WARM_STEPS)
-        state, seconds, waited = _run(trainer, feed, state, TIMED_STEPS)
+        state, _ = run_steps(trainer, feed, trainer.init(), WARM_STEPS)
+        state, times = run_steps(trainer, feed, state, TIMED_STEPS)
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                _run(trainer, feed, state, PROFILED_STEPS)
+                run_steps(trainer, feed, state, PROFILED_STEPS)
             (file,) = Path(folder).rglob("*.xplane.pb")
             kernels = list(read_kernels(ProfileData.from_file(str(file))))
     memory, program = compiled.memory_analysis(), compiled.as_text()
     return {
         "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
-        "step_seconds": seconds,
-        "data_wait_seconds": waited,
+        "step_seconds": times.total,
+        "data_wait_seconds": times.data_wait,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "breakdown": break_down(kernels, op_names(program), PROFILED_STEPS),
         "program": program,
     }
-
-
-def _run(
-    trainer: Trainer, feed: Feed, state: TrainState, steps: int
-) -> tuple[TrainState, float, float]:
-    """Trains, never more than a step ahead; returns state, seconds a step, and of waiting."""
-    start, waited, previous = time.perf_counter(), 0.0, None
-    for _ in range(steps):
-        batch, wait = feed.next()
-        waited += wait
-        state, metrics = trainer.step(state, batch, trainer.schedule)
-        jax.block_until_ready(previous)
-        previous = metrics
-    jax.block_until_ready(state)
-    return state, (time.perf_counter() - start) / steps, waited / steps
 
 
 def rows(breakdown: Breakdown) -> list[tuple[str, ...]]:

@@ -13,9 +13,7 @@ from asa_jax.flags import exit_on_error, parse_config_flag, run_command
 if __name__ == "__main__":
     CONFIG = exit_on_error(parse_config_flag)
 
-import itertools
 import json
-import statistics
 import sys
 import time
 from typing import Any
@@ -28,6 +26,7 @@ from asa_jax.training.feed import Feed
 from asa_jax.training.flops import flops_per_token, peak_flops
 from asa_jax.training.run_directory import open_sources
 from asa_jax.training.step import Trainer, make_trainer
+from asa_jax.training.timed_steps import run_steps
 
 WARM_STEPS, TIMED_STEPS = 3, 12
 INPUT_BATCHES = 8
@@ -63,41 +62,27 @@ def measure(config: Config, trainer: Trainer, feed: Feed) -> dict[str, Any]:
         feed: its batches.
 
     Returns:
-        tokens_per_second over all timed steps; median step_seconds; mfu, the share of the devices'
+        step_seconds and tokens_per_second over all timed steps; mfu, the share of the devices'
         peak, None where that is not known; data_wait_seconds and dispatch_seconds of a step, which
         the host spends before the device has work; input_tokens_per_second of the pipeline alone;
         memory_bytes, the most that was in use on a device; final loss.
     """
-    state = trainer.init()
-    ends, waits, dispatches, pending = [], [], [], None
-    for _ in range(WARM_STEPS + TIMED_STEPS):
-        batch, wait = feed.next()
-        start = time.perf_counter()
-        state, metrics = trainer.step(state, batch, trainer.schedule)
-        dispatches.append(time.perf_counter() - start)
-        waits.append(wait)
-        # As a run does: the metrics of a step are waited for when the next one is queued.
-        pending, previous = metrics, pending
-        if previous is not None:
-            jax.block_until_ready(previous)
-            ends.append(time.perf_counter())
-    loss = float(metrics["loss"])
-    ends.append(time.perf_counter())
-    seconds = [end - start for start, end in itertools.pairwise(ends)][WARM_STEPS - 1 :]
-    rate = config.data.batch_size * config.data.sequence_length / statistics.mean(seconds)
+    state, _ = run_steps(trainer, feed, trainer.init(), WARM_STEPS)
+    state, times = run_steps(trainer, feed, state, TIMED_STEPS)
+    rate = config.data.batch_size * config.data.sequence_length / times.total
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     flops = flops_per_token(config.model, num_params, config.data.sequence_length)
     peak = peak_flops(config.model)
     return {
         "parameters": num_params,
         "tokens_per_second": rate,
-        "step_seconds": statistics.median(seconds),
+        "step_seconds": times.total,
         "mfu": rate * flops / peak if peak else None,
-        "data_wait_seconds": statistics.mean(waits[WARM_STEPS:]),
-        "dispatch_seconds": statistics.mean(dispatches[WARM_STEPS:]),
+        "data_wait_seconds": times.data_wait,
+        "dispatch_seconds": times.dispatch,
         "input_tokens_per_second": input_rate(config, feed),
         "memory_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-        "loss": loss,
+        "loss": times.loss,
     }
 
 

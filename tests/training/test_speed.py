@@ -57,6 +57,6 @@ def test_a_row_is_measured_by_another_process_than_the_one_that_compiled(
     (record,) = benchmark.measure([row], str(token_folder), 280)
     assert "error" not in record and record["compile_seconds"] > 0
     assert len(caches) == 2 and any(name.startswith("jit_step") for name in entries)
-    step_seconds = 8 * 64 / record["tokens_per_second"]
-    assert 0 < record["step_seconds"] < 3 * step_seconds and record["loss"] > 0
+    assert record["tokens_per_second"] == pytest.approx(8 * 64 / record["step_seconds"])
+    assert record["step_seconds"] > record["dispatch_seconds"] > 0 and record["loss"] > 0
     assert record["input_tokens_per_second"] > 0
