@@ -26,7 +26,6 @@ from asa_jax.errors import ConfigError
 LAYER_KINDS = ("full", "mla", "sliding", "local", "global", "nsa")
 NSA_BRANCHES = ("compression", "selection", "window")
 LATENT_KINDS = ("mla", "local", "global")
-SPARSE_KINDS = ("global", "nsa")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

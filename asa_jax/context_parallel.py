@@ -72,22 +72,19 @@ def context_size() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
 
 
-def in_row_order(x: jax.Array, *axes: str, skip: int = 0) -> jax.Array:
+def in_row_order(x: jax.Array, *axes: str) -> jax.Array:
     """Brings an array to the order of the row, whole on every device of the context axis.
 
     Args:
         x: [B, T, ...] in the order of `placement`.
         *axes: its logical axes, the first two 'batch' and 'sequence'.
-        skip: as of `gather_rows`.
 
     Returns:
-        [B, T - skip, ...]; `x` itself where rows are not shared.
+        [B, T, ...]; `x` itself where rows are not shared.
     """
     if context_size() == 1:
         return x
-    gather = sharded(
-        lambda part: gather_rows(part, skip=skip)[0], (axes,), ("batch", "row", *axes[2:])
-    )
+    gather = sharded(lambda part: gather_rows(part)[0], (axes,), ("batch", "row", *axes[2:]))
     return gather(x)
 
 

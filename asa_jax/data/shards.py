@@ -78,15 +78,15 @@ def shard_from_json(record: Any, where: str) -> Shard:
     return Shard(**record)
 
 
-def read_json(path: Path, max_bytes: int = MAX_MANIFEST_BYTES) -> dict[str, Any]:
-    """Reads a JSON object of bounded size.
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of at most MAX_MANIFEST_BYTES.
 
     Raises:
         DataError: it is missing, too large or no JSON object.
     """
     try:
-        if path.stat().st_size > max_bytes:
-            raise DataError(f"{path}: larger than {max_bytes} bytes")
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise DataError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None

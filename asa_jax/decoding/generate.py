@@ -73,12 +73,9 @@ class Generator:
         max_tokens: int,
         sampling: Sampling = PLAIN,
         seed: int | Sequence[int] = 0,
-        stop: Sequence[str] = (),
     ) -> list[str]:
         """The whole continuation of each prompt; arguments and errors as of `stream`."""
-        completions = self.complete(
-            prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop
-        )
+        completions = self.complete(prompts, max_tokens=max_tokens, sampling=sampling, seed=seed)
         return [completion.text for completion in completions]
 
     def complete(
@@ -132,7 +129,6 @@ class Generator:
         sampling: Sampling = PLAIN,
         seed: int | Sequence[int] = 0,
         stop: Sequence[str] = (),
-        progress: Progress | None = None,
     ) -> Iterator[list[str]]:
         """Continues prompts until their documents end, and gives the text as it comes.
 
@@ -143,7 +139,6 @@ class Generator:
             sampling: how tokens are drawn.
             seed: of each row's draws; an int is the first row's, and each row has one more.
             stop: strings that end a continuation; neither they nor their parts are given.
-            progress: told how far the prompts are read.
 
         Returns:
             Gives for each prompt the text that has come since, in whole characters, often ''.
@@ -155,7 +150,7 @@ class Generator:
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
         rows = [Continuation(self.tokenizer, tokens, stop) for tokens in encoded]
         check_request(max_tokens, stop=stop)
-        drawn = self._draw(encoded, max_tokens, sampling, seed, until_end=True, progress=progress)
+        drawn = self._draw(encoded, max_tokens, sampling, seed, until_end=True)
         return (new for _, new in _texts(rows, drawn))
 
     def encode_prompt(self, prompt: str, *, continues: bool = False) -> list[int]:
@@ -209,25 +204,6 @@ class Generator:
             yield from rows.draw(max_tokens, sampling=sampling, seeds=seeds, ends=ends, **dispatch)
 
         return draw()
-
-
-def generate_text(
-    config: Config,
-    params: Any,
-    tokenizer: Tokenizer,
-    prompt: str,
-    *,
-    max_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
-    mesh: Mesh | None = None,
-) -> str:
-    """The continuation of one prompt; arguments as of `Generator`, `Sampling` and `stream`."""
-    generator = Generator(config, params, tokenizer, mesh)
-    sampling = Sampling(temperature, top_k, top_p)
-    return generator.generate([prompt], max_tokens=max_tokens, sampling=sampling, seed=seed)[0]
 
 
 def _texts(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 from asa_jax.config import ModelConfig
 from asa_jax.data.tokenizer import Tokenizer
@@ -98,21 +97,11 @@ class GgufTensor(NamedTuple):
         return values.astype(np.float32, copy=False)
 
 
-def load_gguf(
-    path: str | Path, mesh: Mesh | None = None, param_dtype: str | None = None
-) -> GgufModel:
-    """Loads a Llama model from a GGUF file.
-
-    Args:
-        path: of the file.
-        mesh: devices to hold the parameters; None: one device.
-        param_dtype: of the parameters; None: float32.
-
-    Returns:
-        The model.
+def load_gguf(path: str | Path) -> GgufModel:
+    """Loads a Llama model from a GGUF file, in float32, to one device.
 
     Raises:
-        ConfigError: the extra `gguf` is not installed, or the mesh does not divide the parameters.
+        ConfigError: the extra `gguf` is not installed.
         ImportedModelError: the file is damaged, or its architecture or tokenizer not supported.
     """
     path = Path(path).expanduser()
@@ -123,7 +112,7 @@ def load_gguf(
     places = all_places(table, layer_places(cfg))
     tensors = _tensors(path, stored, places, table, cfg)
     tokenizer, template = read_tokenizer(path, values), read_chat_template(path, values)
-    params = read_params(tensors, places, table, cfg, mesh, param_dtype)
+    params = read_params(tensors, places, table, cfg)
     return GgufModel(cfg, params, tokenizer, template)
 
 

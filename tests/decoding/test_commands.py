@@ -16,7 +16,7 @@ import pytest
 import generate
 from asa_jax.data.tokenizer import ByteTokenizer
 from asa_jax.decoding.conversation import Conversation
-from asa_jax.decoding.generate import Generator, generate_text
+from asa_jax.decoding.generate import Generator
 from asa_jax.decoding.options import Options
 from asa_jax.decoding.prompts import Prompt, check_prompts, read_prompts
 from asa_jax.decoding.settings import Sampling
@@ -59,7 +59,7 @@ def _check_refusal(process: subprocess.Popen[bytes], code: int, message: str) ->
     assert errors.count(b"\n") == 1
 
 
-def test_prints_what_generate_text_gives(start_generate, workdir, tmp_path):
+def test_prints_what_a_generator_gives(start_generate, workdir, tmp_path):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("It is a truth\n")
     process = start_generate(
@@ -70,10 +70,9 @@ def test_prints_what_generate_text_gives(start_generate, workdir, tmp_path):
     assert process.returncode == 0, errors.decode()
     assert errors.decode() == f"{workdir}, step 1\nattention: xla on cpu\n"
     config, params, _ = restore_params(workdir, step=1)
-    want = generate_text(
-        config, params, ByteTokenizer(), "It is a truth\n", max_tokens=30, seed=3,
-        temperature=0.7, top_p=0.9, top_k=40,
-    )  # fmt: skip
+    (want,) = Generator(config, params, ByteTokenizer()).generate(
+        ["It is a truth\n"], max_tokens=30, sampling=Sampling(0.7, top_k=40, top_p=0.9), seed=3
+    )
     assert output.decode() == want + "\n"
 
 
