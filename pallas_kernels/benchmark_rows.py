@@ -6,7 +6,6 @@ its input, and then prints a measurement a line, all as JSON. See `benchmark`, w
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch, timing
+from pallas_kernels import dispatch
 from pallas_kernels.benchmark_floors import (
     Work,
     compressed_work,
@@ -29,6 +28,7 @@ from pallas_kernels.compressed_attention import compressed_attention
 from pallas_kernels.select_blocks import select_blocks
 from pallas_kernels.selected_attention import selected_attention
 from pallas_kernels.sliding_window_attention import sliding_window_attention
+from pallas_kernels.timed_calls import Call, time_calls
 
 KERNEL: dispatch.Implementation = "mosaic_gpu"
 DENSE_LAYER, PAIR = "dense cuDNN, 16/4 x 64", "ASA pair, q k v to o"  # names of rows
@@ -302,42 +302,26 @@ def draw(row: Row, case: Case, backward: bool) -> tuple[Any, ...]:
     return arrays, lists, [normal(key, x.shape) for key, x in zip(keys, outputs, strict=True)]
 
 
-def measure(row: Row, lengths: list[int]) -> Iterator[dict[str, Any]]:
-    """Yields what ran once everything is compiled, and, asked to go on, each measurement."""
-    loops: dict[tuple[int, bool], Any] = {}
+def calls(row: Row, lengths: list[int]) -> Iterator[Call]:
+    """What is timed of a row: at each length the forward pass, and both where it has a gradient."""
     for length in lengths:
         case = dataclasses.replace(row.case, num_tokens=length)
         for backward in (False, True) if row.has_backward else (False,):
-            try:
-                arguments = jax.eval_shape(lambda: draw(row, case, backward))  # noqa: B023
-                function = timed_function(row, case, backward)
-                loops[length, backward] = timing.compile_loop(function, arguments)
-            except Exception as error:  # of any kind: one measurement is lost, not the table
-                loops[length, backward] = error
-    yield {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    for (length, backward), loop in loops.items():
-        case = dataclasses.replace(row.case, num_tokens=length)
-        result: dict[str, Any] = {"length": length, "backward": backward}
-        try:
-            if isinstance(loop, Exception):
-                raise loop
-            result["milliseconds"] = timing.milliseconds(
-                loop,
-                jax.jit(lambda: draw(row, case, backward))(),  # noqa: B023
+            yield Call(
+                {"length": length, "backward": backward},
+                functools.partial(_call, timed_function(row, case, backward)),
+                functools.partial(draw, row, case, backward),
             )
-        except Exception as error:  # as above
-            result["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        yield result
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return function(*arguments)
 
 
 def main(name: str, lengths: str) -> None:
     """Measures the row of this name; see the module."""
     row = next(row for row in ROWS if row.name == name)
-    results = measure(row, [int(length) for length in lengths.split(",")])
-    print(json.dumps(next(results)), flush=True)
-    sys.stdin.readline()
-    for result in results:
-        print(json.dumps(result), flush=True)
+    time_calls(calls(row, [int(length) for length in lengths.split(",")]))
 
 
 if __name__ == "__main__":

@@ -97,6 +97,11 @@ def measure_in_turn(
         yield measurement.results(timeout_seconds)
 
 
+def describe_error(error: Exception) -> str:
+    """An error in one line, for a record of a measurement that failed."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 def describe_setting(
     records: Sequence[dict[str, Any]], module: str, arguments: Sequence[str] | None
 ) -> dict[str, str]:

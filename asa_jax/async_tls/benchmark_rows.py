@@ -35,7 +35,7 @@ from asa_jax.config import ModelConfig
 from asa_jax.decoding.random_params import random_params
 from asa_jax.decoding.step_bytes import serving_shapes, tree_bytes
 from asa_jax.model.transformer import abstract_model
-from pallas_kernels.measurement import PROGRESS
+from pallas_kernels.measurement import PROGRESS, describe_error
 
 LARGEST = "max"
 # Left free on the device for what a step and the making of an index need, and of the host's memory.
@@ -89,7 +89,7 @@ def measure(arguments: Arguments, cfg: ModelConfig) -> Iterator[dict[str, Any]]:
                 raise MemoryError(f"{batch} rows do not fit, {largest} do")
             record |= time_method(cfg, params, settings, arguments, batch)
         except Exception as error:  # of any kind: one batch is lost, not the table
-            record["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            record["error"] = describe_error(error)
         yield record
 
 

@@ -34,6 +34,7 @@ from asa_jax.decoding.runner import make_draws, memory_bytes
 from asa_jax.decoding.settings import CHUNK_TOKENS, Sampling
 from asa_jax.decoding.step_bytes import read_bytes, serving_shapes, tree_bytes, weight_bytes
 from asa_jax.decoding.steps import DecodeState, draw_tokens, empty_state, read_chunk
+from pallas_kernels.measurement import describe_error
 
 STEPS, REPEATS = 64, 3  # tokens of a dispatch, and dispatches of which the median counts
 COMPILATIONS = 4  # at a time
@@ -90,7 +91,7 @@ def _result(measure: Measure | Exception, params: Any) -> dict[str, Any]:
             raise measure
         return measure(params)
     except Exception as error:  # as above
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        return {"error": describe_error(error)}
 
 
 def prepare_decode(cfg: ModelConfig, shapes: Any, rows: int, context: int) -> Measure:
