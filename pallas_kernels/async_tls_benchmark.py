@@ -13,13 +13,13 @@ nothing of its own in the L2 cache. `--methods` may also name parts of AsyncTLS.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels.async_tls_cases import ASYNC_TLS_CASES, METHODS
+from pallas_kernels.benchmark_chart import plot_over_context
 from pallas_kernels.benchmark_floors import HBM_BYTES_PER_SECOND
 from pallas_kernels.measurement import (
     Measurement,
@@ -27,9 +27,11 @@ from pallas_kernels.measurement import (
     check_numbers,
     choose_names,
     describe_setting,
+    markdown_report,
     markdown_table,
     measure_in_turn,
     report,
+    time_kernels,
 )
 
 HEADER = (
@@ -45,16 +47,13 @@ type Times = dict[tuple[str, int, int], dict[str, float]]
 
 def measure(options: argparse.Namespace) -> Records:
     """Returns a record for each layer, method, batch and context, and for each that failed."""
-    # There is no matrix product outside the kernels, and tuning takes minutes.
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     calls = [(case, method) for case in options.cases for method in options.methods]
 
     def start(name: str, method: str) -> Measurement:
         shorter = options.short_contexts if method in ("dense", "async_tls") else ""
         contexts = ",".join(filter(None, (shorter, options.contexts)))
-        arguments = [name, method, options.implementation, options.batches, contexts]
-        module = ["-m", "pallas_kernels.async_tls_benchmark_rows"]
-        return Measurement([*module, *arguments], XLA_FLAGS=flags)
+        arguments = (name, method, options.implementation, options.batches, contexts)
+        return time_kernels("pallas_kernels.async_tls_benchmark_rows", *arguments)
 
     running = [start(case.name, method) for case, method in calls]
     records = []
@@ -136,50 +135,21 @@ def _crossover(gains: list[tuple[int, float]]) -> str:
 
 def markdown(records: Records, about: dict[str, str]) -> str:
     """The table, from where on AsyncTLS is faster, what it was measured on and what failed."""
-    text = [*markdown_table(HEADER, table(records)), ""]
-    text += [f"- {line}" for line in crossovers(records)]
-    text += [f"- {name}: {value}" for name, value in about.items()]
-    text += [
-        f"- failed: {r['method']}, {r['case']}, batch {r.get('batch')}, context "
-        f"{r.get('context')}: {r['error']}"
-        for r in records
-        if "error" in r
-    ]
-    return "\n".join(text) + "\n"
+
+    def place(record: dict[str, Any]) -> str:
+        at = f"batch {record.get('batch')}, context {record.get('context')}"
+        return f"{record['method']}, {record['case']}, {at}"
+
+    remarks = [f"- {line}" for line in crossovers(records)]
+    return markdown_report(markdown_table(HEADER, table(records)), about, records, place, remarks)
 
 
 def plot(records: Records, about: dict[str, str], path: Path) -> None:
-    """Draws time over context with the floor dotted, a panel for each layer and batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timed = [record for record in records if "milliseconds" in record]
-    places = list(dict.fromkeys((record["case"], record["batch"]) for record in timed))
-    figure, panels = pyplot.subplots(
-        1, max(1, len(places)), figsize=(4.5 * max(1, len(places)) + 2, 5), layout="constrained",
-        sharey=True, squeeze=False,
+    """Draws time over context, a panel for each layer and batch."""
+    plot_over_context(
+        records, about, path,
+        line="method", panel=lambda r: f"{r['case']}, batch {r['batch']}", unit="microseconds",
     )  # fmt: skip
-    for panel, place in zip(panels[0], places, strict=False):
-        of_place = [record for record in timed if (record["case"], record["batch"]) == place]
-        for method in dict.fromkeys(record["method"] for record in of_place):
-            of_method = sorted(
-                (r["context"], 1e3 * r["milliseconds"], 1e3 * r["floor_milliseconds"])
-                for r in of_place
-                if r["method"] == method
-            )
-            contexts, times, floors = zip(*of_method, strict=True)
-            color = f"C{METHODS.index(method)}"
-            panel.plot(contexts, times, marker="o", label=method, color=color)
-            panel.plot(contexts, floors, linestyle=":", color=color)
-        panel.set(yscale="log", xlabel="tokens of context", title=f"{place[0]}, batch {place[1]}")
-        panel.title.set_fontsize(9)
-        panel.grid(alpha=0.3)
-    panels[0][0].set(ylabel="microseconds (dotted: floor)")
-    panels[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"{about['device']}, jax {about['jax']}, {about['date']}")
-    figure.savefig(path, dpi=120)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

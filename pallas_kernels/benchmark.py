@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from typing import Any
 from pallas_kernels import dispatch
 from pallas_kernels.benchmark_rows import DENSE_LAYER, PAIR, ROWS, Row
 from pallas_kernels.measurement import (
-    Measurement,
     choose_names,
     describe_setting,
+    markdown_report,
     markdown_table,
     measure_in_turn,
     report,
+    time_kernels,
 )
 
 HEADER = ("row", "T", "fwd ms", "target", "% of floor", "fwd+bwd ms", "target", "% of floor")
@@ -30,11 +30,8 @@ HEADER = ("row", "T", "fwd ms", "target", "% of floor", "fwd+bwd ms", "target", 
 
 def measure(rows: list[Row], lengths: list[int], timeout_seconds: float) -> list[dict[str, Any]]:
     """Returns a record for each row, length and pass, and for each row that failed."""
-    # There is no matrix product outside the kernels, and tuning takes minutes.
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-    arguments = ["-m", "pallas_kernels.benchmark_rows"]
     texts = ",".join(map(str, lengths))
-    running = [Measurement([*arguments, row.name, texts], XLA_FLAGS=flags) for row in rows]
+    running = [time_kernels("pallas_kernels.benchmark_rows", row.name, texts) for row in rows]
     records = []
     for row, results in zip(rows, measure_in_turn(running, timeout_seconds), strict=True):
         for result in results:
@@ -92,17 +89,10 @@ def pair_against_dense(records: list[dict[str, Any]]) -> list[str]:
 
 def markdown(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The table, what it was measured on and what failed."""
-    text = markdown_table(HEADER, table(records))
-    text += [
-        "",
-        *pair_against_dense(records),
-        "",
-        *(f"- {name}: {value}" for name, value in about.items()),
-    ]
-    text += [
-        f"- failed: {r['row']}, T={r.get('length')}: {r['error']}" for r in records if "error" in r
-    ]
-    return "\n".join(text) + "\n"
+    return markdown_report(
+        markdown_table(HEADER, table(records)), about, records,
+        lambda r: f"{r['row']}, T={r.get('length')}", pair_against_dense(records),
+    )  # fmt: skip
 
 
 def plot(records: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:

@@ -11,22 +11,23 @@ floor.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.benchmark_chart import plot_over_context
 from pallas_kernels.benchmark_floors import HBM_BYTES_PER_SECOND
 from pallas_kernels.decode_cases import DECODE_CASES, DecodeCase
 from pallas_kernels.measurement import (
-    Measurement,
     can_run,
     check_numbers,
     choose_names,
     describe_setting,
+    markdown_report,
     markdown_table,
     measure_in_turn,
     report,
+    time_kernels,
 )
 
 HEADER = ("operation", "batch", "context", "us", "floor us", "% of floor")
@@ -38,13 +39,8 @@ def measure(
     cases: list[DecodeCase], implementation: str, batches: str, contexts: str, timeout: float
 ) -> list[dict[str, Any]]:
     """Returns a record for each case, batch and context, and for each case that failed."""
-    # There is no matrix product outside the kernels, and tuning takes minutes.
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-    module = ["-m", "pallas_kernels.decode_benchmark_rows"]
-    running = [
-        Measurement([*module, case.name, implementation, batches, contexts], XLA_FLAGS=flags)
-        for case in cases
-    ]
+    module = "pallas_kernels.decode_benchmark_rows"
+    running = [time_kernels(module, case.name, implementation, batches, contexts) for case in cases]
     records = []
     for case, results in zip(cases, measure_in_turn(running, timeout), strict=True):
         for result in results:
@@ -74,43 +70,18 @@ def table(records: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def markdown(records: list[dict[str, Any]], about: dict[str, str]) -> str:
     """The table, what it was measured on and what failed."""
-    text = [*markdown_table(HEADER, table(records)), ""]
-    text += [f"- {name}: {value}" for name, value in about.items()]
-    text += [
-        f"- failed: {r['case']}, batch {r.get('batch')}, context {r.get('context')}: {r['error']}"
-        for r in records
-        if "error" in r
-    ]
-    return "\n".join(text) + "\n"
+    return markdown_report(
+        markdown_table(HEADER, table(records)), about, records,
+        lambda r: f"{r['case']}, batch {r.get('batch')}, context {r.get('context')}",
+    )  # fmt: skip
 
 
 def plot(records: list[dict[str, Any]], about: dict[str, str], path: Path) -> None:
-    """Draws time over context with the floor dotted, a panel for each batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timed = [record for record in records if "milliseconds" in record]
-    batches = sorted({record["batch"] for record in timed})
-    figure, panels = pyplot.subplots(
-        1, max(1, len(batches)), figsize=(5 * max(1, len(batches)) + 3, 6), layout="constrained",
-        sharey=True, squeeze=False,
+    """Draws time over context, a panel for each batch."""
+    plot_over_context(
+        records, about, path,
+        line="case", panel=lambda r: f"batch {r['batch']}", unit="microseconds",
     )  # fmt: skip
-    for panel, batch in zip(panels[0], batches, strict=False):
-        for name in dict.fromkeys(record["case"] for record in timed):
-            of_case = [r for r in timed if r["case"] == name and r["batch"] == batch]
-            contexts = [r["context"] for r in of_case]
-            times = [1e3 * r["milliseconds"] for r in of_case]
-            (line,) = panel.plot(contexts, times, marker="o", label=name)
-            floors = [1e3 * r["floor_milliseconds"] for r in of_case]
-            panel.plot(contexts, floors, linestyle=":", color=line.get_color())
-        panel.set(xscale="log", yscale="log", xlabel="tokens of context", title=f"batch {batch}")
-        panel.grid(alpha=0.3)
-    panels[0][0].set(ylabel="microseconds (dotted: floor)")
-    panels[0][-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"{about['device']}, jax {about['jax']}, {about['date']}")
-    figure.savefig(path, dpi=120)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -81,6 +81,13 @@ class Measurement:
                     print(line, end="", file=sys.stderr, flush=True)
 
 
+def time_kernels(module: str, *arguments: str) -> Measurement:
+    """Starts a module that times kernels alone."""
+    # There is no matrix product outside the kernels, and tuning takes minutes.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    return Measurement(["-m", module, *arguments], XLA_FLAGS=flags)
+
+
 def measure_in_turn(
     measurements: Sequence[Measurement], timeout_seconds: float
 ) -> Iterator[list[dict[str, Any]]]:
@@ -124,6 +131,28 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
         + " |"
         for line in lines
     ]
+
+
+def markdown_report(
+    table: Sequence[str],
+    about: dict[str, str],
+    records: Sequence[dict[str, Any]],
+    place: Callable[[dict[str, Any]], str],
+    remarks: Sequence[str] = (),
+) -> str:
+    """The text of a report: a table, what follows from it, the setting and what failed.
+
+    Args:
+      table: Of `markdown_table`.
+      about: Of `describe_setting`.
+      records: What was measured, or errors.
+      place: Names the measurement of a record that failed.
+      remarks: Lines below the table.
+    """
+    text = [*table, "", *remarks, *[""] * bool(remarks)]
+    text += [f"- {name}: {value}" for name, value in about.items()]
+    text += [f"- failed: {place(r)}: {r['error']}" for r in records if "error" in r]
+    return "\n".join(text) + "\n"
 
 
 def write_report(

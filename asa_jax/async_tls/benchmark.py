@@ -27,9 +27,11 @@ from asa_jax.async_tls.settings import BACKENDS, DEFAULTS
 from pallas_kernels.measurement import (
     Measurement,
     check_numbers,
+    choose_names,
     describe_setting,
+    markdown_report,
     markdown_table,
-    write_report,
+    report,
 )
 
 MODELS = ("qwen3_8b", "glm_4_7_flash")
@@ -116,15 +118,13 @@ def comparisons(records: list[dict[str, Any]]) -> list[str]:
 
 def markdown(records: list[dict[str, Any]], about: dict[str, str]) -> str:
     """Table, comparisons, what it was measured on and what failed."""
-    text = [*markdown_table(HEADER, table(records)), "", *comparisons(records), ""]
-    text += [f"- {name}: {value}" for name, value in about.items()]
-    text += [
-        f"- failed: {r['model']}, {r['context']} tokens, {r['method']}, batch {r.get('batch')}: "
-        f"{r['error']}"
-        for r in records
-        if "error" in r
-    ]
-    return "\n".join(text) + "\n"
+
+    def place(record: dict[str, Any]) -> str:
+        at = f"{record['context']} tokens, {record['method']}, batch {record.get('batch')}"
+        return f"{record['model']}, {at}"
+
+    table_lines = markdown_table(HEADER, table(records))
+    return markdown_report(table_lines, about, records, place, comparisons(records))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -143,11 +143,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout_seconds", type=float, default=540, help="of a process")
     options = parser.parse_args(arguments)
     check_numbers(parser, options, "contexts")
-    for name, known in (("models", MODELS), ("methods", METHODS)):
-        given = getattr(options, name).split(",")
-        setattr(options, name, given)
-        if unknown := set(given) - set(known):
-            parser.error(f"--{name}: unknown {sorted(unknown)}, expected some of {list(known)}")
+    choose_names(parser, options, "models", MODELS)
+    choose_names(parser, options, "methods", METHODS)
     options.contexts = options.contexts.split(",")
     options.batches = options.batches.split(",")
     _check_ranges(parser, options)
@@ -176,12 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
     about["setting"] = f"bfloat16, {options.token_budget} tokens of 128 blocks"
     about["back end"] = "; ".join(dict.fromkeys(r["backend"] for r in records if "backend" in r))
     records = [r for r in records if "device" not in r]
-    text = markdown(records, about)
-    print(text, end="")
-    if options.output:
-        name = "_".join(["async_tls_decoding", *options.models])
-        write_report(options.output / name, text, about, records)
-    return int(any("error" in r for r in records))
+    path = options.output and options.output / "_".join(["async_tls_decoding", *options.models])
+    return report(records, about, markdown, path)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from asa_jax.decoding.cache_tables import name_bytes, name_tokens
-from pallas_kernels.measurement import markdown_table
+from pallas_kernels.benchmark_chart import plot_over_context
+from pallas_kernels.measurement import markdown_report, markdown_table
 
 Records = list[dict[str, Any]]
 HEADER = (
@@ -19,16 +20,14 @@ SIZES = ("340m", "1b")
 
 def markdown(records: Records, about: dict[str, str]) -> str:
     """The table, what follows from it, what it was measured on and what failed."""
+
+    def place(record: dict[str, Any]) -> str:
+        at = f"batch {record.get('batch')}, context {record.get('context')}"
+        return f"{record['model']}, {record['row']}, {at}"
+
     decode = [record for record in records if record["row"] == "decode"]
-    text = markdown_table(HEADER, [_cells(r) for r in decode if "context" in r])
-    text += ["", *_summary(records), "", *(f"- {name}: {value}" for name, value in about.items())]
-    text += [
-        f"- failed: {r['model']}, {r['row']}, batch {r.get('batch')}, context {r.get('context')}: "
-        f"{r['error']}"
-        for r in records
-        if "error" in r
-    ]
-    return "\n".join(text) + "\n"
+    table = markdown_table(HEADER, [_cells(r) for r in decode if "context" in r])
+    return markdown_report(table, about, records, place, _summary(records))
 
 
 def _cells(record: dict[str, Any]) -> tuple[str, ...]:
@@ -100,29 +99,8 @@ def _times_floor(record: dict[str, Any]) -> float:
 
 
 def plot(records: Records, about: dict[str, str], path: Path) -> None:
-    """Draws time over context with the floor dotted, a panel for each batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timed = [record for record in records if "milliseconds" in record]
-    batches = sorted({record["batch"] for record in timed}) or [1]
-    figure, panels = pyplot.subplots(
-        1, len(batches), figsize=(4 * len(batches) + 1, 4.5), layout="constrained",
-        sharey=True, squeeze=False,
+    """Draws time over context, a panel for each batch."""
+    plot_over_context(
+        records, about, path,
+        line="model", panel=lambda r: f"batch {r['batch']}", unit="milliseconds",
     )  # fmt: skip
-    for panel, batch in zip(panels[0], batches, strict=True):
-        for model in dict.fromkeys(record["model"] for record in timed):
-            of_model = [r for r in timed if r["model"] == model and r["batch"] == batch]
-            contexts = [r["context"] for r in of_model]
-            times = [r["milliseconds"] for r in of_model]
-            (line,) = panel.plot(contexts, times, marker="o", label=model)
-            floors = [r["floor_milliseconds"] for r in of_model]
-            panel.plot(contexts, floors, linestyle=":", color=line.get_color())
-        panel.set(xscale="log", yscale="log", xlabel="tokens of context", title=f"batch {batch}")
-        panel.grid(alpha=0.3)
-    panels[0][0].set(ylabel="milliseconds a step (dotted: floor)")
-    panels[0][0].legend(fontsize=8)
-    figure.suptitle(f"{about.get('device')}, jax {about.get('jax')}, {about['date']}")
-    figure.savefig(path, dpi=120)

@@ -18,6 +18,7 @@ from pallas_kernels.measurement import (
     Measurement,
     choose_names,
     describe_setting,
+    markdown_report,
     markdown_table,
     measure_in_turn,
     report,
@@ -132,10 +133,8 @@ def ratios(records: list[dict[str, Any]]) -> list[str]:
 
 def markdown(records: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The table, its ratios, what it was measured on and what failed."""
-    text = markdown_table(HEADER, [cells(record) for record in records])
-    text += ["", *ratios(records), "", *(f"- {name}: {value}" for name, value in about.items())]
-    text += [f"- failed: {r['name']}: {r['error']}" for r in records if "error" in r]
-    return "\n".join(text) + "\n"
+    table = markdown_table(HEADER, [cells(record) for record in records])
+    return markdown_report(table, about, records, lambda r: r["name"], ratios(records))
 
 
 def plot(records: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
