@@ -9,15 +9,13 @@ from asa_jax.async_tls.command_line import (
     channels_file,
     define_config_flag,
     given_config,
-    given_files,
-    given_output,
-    given_workdir,
 )
 from asa_jax.async_tls.settings import DecodingConfig
 from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.errors import ConfigError
 from asa_jax.flags import parse_arguments
 from asa_jax.launch import refuse_many_processes
+from asa_jax.run_flags import define_run_flags, given_files, given_output, given_workdir
 from asa_jax.trained_run import load_run_tokenizer, read_run_config
 
 
@@ -52,8 +50,7 @@ def parse_options() -> Options:
         ConfigError: a flag is missing or wrong, or the model is not served.
         CheckpointError: --workdir holds no run.
     """
-    flags.DEFINE_string("workdir", None, "run directory, or model folder")
-    flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest", lower_bound=0)
+    define_run_flags()
     flags.DEFINE_multi_string("text", [], "file of sample text; may be repeated")
     flags.DEFINE_integer("num_samples", 64, "pieces of each file, evenly spread", lower_bound=1)
     flags.DEFINE_integer("sample_tokens", 512, "tokens of a piece", lower_bound=2)

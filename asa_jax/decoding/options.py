@@ -32,6 +32,7 @@ from asa_jax.interop.chat import (
     find_chat_template,
 )
 from asa_jax.launch import refuse_many_processes
+from asa_jax.run_flags import define_run_flags, given_output, given_path, given_workdir
 from asa_jax.trained_run import load_run_tokenizer, read_run_config
 
 SOURCES = ("prompt", "prompt_file", "prompts_file", "chat")
@@ -91,8 +92,7 @@ def parse_options() -> Options:
     parse_arguments()
     refuse_many_processes("generate.py")
     given = flags.FLAGS
-    if not given.workdir:
-        raise ConfigError("--workdir: missing; give a run directory, such as --workdir=runs/tiny")
+    workdir = given_workdir()
     _check_combination(given)
     stop = tuple(_text("stop", text) for text in given.stop)
     sampling = Sampling(
@@ -100,9 +100,8 @@ def parse_options() -> Options:
     ).checked()
     least_tokens = 1 if given.save_cache is None else 0
     check_request(given.max_tokens, [given.seed], stop, least_tokens=least_tokens)
-    prompt = _prompt(given.prompt, _path(given.prompt_file))
-    save_cache = _output("save_cache", given.save_cache)
-    workdir = Path(given.workdir).expanduser()
+    prompt = _prompt(given.prompt, given_path("prompt_file"))
+    save_cache = given_output("save_cache")
     cfg = read_run_config(workdir).model
     check_chunk_tokens(given.chunk_tokens, cfg.alignment)
     tokenizer = load_run_tokenizer(workdir)
@@ -117,12 +116,12 @@ def parse_options() -> Options:
         step=given.step,
         tokenizer=tokenizer,
         prompt=prompt,
-        prompts=_prompts(_path(given.prompts_file), tokenizer, given.max_tokens),
+        prompts=_prompts(given_path("prompts_file"), tokenizer, given.max_tokens),
         template=template,
         system_prompt=given.system_prompt,
         batch_size=given.batch_size,
         num_alternatives=given.log_probabilities,
-        load_cache=_path(given.load_cache),
+        load_cache=given_path("load_cache"),
         save_cache=save_cache,
         max_tokens=given.max_tokens,
         sampling=sampling,
@@ -134,8 +133,7 @@ def parse_options() -> Options:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "run directory, or model folder")
-    flags.DEFINE_integer("step", None, "checkpoint to use; default: the newest", lower_bound=0)
+    define_run_flags()
     flags.DEFINE_string("prompt", None, "text to continue; '' starts with a line break")
     flags.DEFINE_string("prompt_file", None, "UTF-8 file with the text to continue")
     flags.DEFINE_string("prompts_file", None, 'JSON lines {"prompt": ...}, results as JSON lines')
@@ -211,18 +209,3 @@ def _text(flag: str, text: str) -> str:
     except UnicodeEncodeError as error:  # bytes of the command line that are no text
         raise ConfigError(f"--{flag}: character {error.start} is not UTF-8") from None
     return text
-
-
-def _path(path: str | None) -> Path | None:
-    return Path(path).expanduser() if path is not None else None
-
-
-def _output(flag: str, path: str | None) -> Path | None:
-    file = _path(path)
-    if file is None:
-        return None
-    # The file is replaced whole, which must not happen to a device such as /dev/null.
-    other = file.exists() and not file.is_file()
-    if other or not file.absolute().parent.is_dir():
-        raise ConfigError(f"--{flag}={path}: must name a file in a folder that exists")
-    return file

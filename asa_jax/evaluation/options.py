@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
@@ -12,6 +11,7 @@ from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.errors import ConfigError
 from asa_jax.flags import PROJECT, parse_arguments
 from asa_jax.launch import refuse_many_processes
+from asa_jax.run_flags import check_file, define_run_flags, given_files, given_workdir
 from asa_jax.trained_run import load_run_tokenizer, read_run_config
 
 DEFAULT_FILLER = PROJECT / "texts" / "validation" / "northanger_abbey.txt"
@@ -51,8 +51,7 @@ class Options:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "run directory, or model folder")
-    flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest", lower_bound=0)
+    define_run_flags()
     flags.DEFINE_list("tasks", None, "tasks instead of the run's evaluation.tasks; '' for none")
     flags.DEFINE_list("lengths", None, "window and prompt lengths in tokens")
     flags.DEFINE_list("depths", None, "depths of needles, from 0 to 1")
@@ -81,9 +80,8 @@ def parse_options() -> Options:
     parse_arguments()
     refuse_many_processes("eval.py")
     given = flags.FLAGS
-    if not given.workdir:
-        raise ConfigError("--workdir: missing; give a run directory, such as --workdir=runs/tiny")
-    workdir = Path(given.workdir).expanduser()
+    workdir, filler = given_workdir(), Path(given.filler).expanduser()
+    check_file("filler", filler)
     if given.lm_eval and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--lm_eval: lm-eval is not installed; run pip install -e '.[eval]'")
     return Options(
@@ -91,11 +89,11 @@ def parse_options() -> Options:
         step=given.step,
         evaluation=_evaluation(read_run_config(workdir).evaluation),
         tokenizer=load_run_tokenizer(workdir),
-        text=_existing("text"),
-        filler=_existing("filler")[0],
-        multiple_choice=_existing("multiple_choice"),
-        key_value=_existing("key_value"),
-        lm_eval=_existing("lm_eval"),
+        text=given_files("text"),
+        filler=filler,
+        multiple_choice=given_files("multiple_choice"),
+        key_value=given_files("key_value"),
+        lm_eval=given_files("lm_eval"),
         limit=given.limit,
         output=Path(given.output).expanduser() if given.output else workdir / "evaluation",
     )
@@ -119,13 +117,3 @@ def _numbers[T: (int, float)](name: str, texts: list[str], kind: type[T]) -> tup
         raise ConfigError(
             f"--{name}={','.join(texts)}: must be numbers with commas between"
         ) from None
-
-
-def _existing(flag: str) -> list[Path]:
-    """The files of a flag that takes one or many."""
-    value: Any = flags.FLAGS[flag].value
-    paths = [Path(path).expanduser() for path in ([value] if isinstance(value, str) else value)]
-    for path in paths:
-        if not path.is_file():
-            raise ConfigError(f"--{flag}={path}: no such file")
-    return paths
