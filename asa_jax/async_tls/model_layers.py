@@ -14,13 +14,8 @@ from asa_jax.config import ModelConfig
 from asa_jax.model.cached_attention import write
 from asa_jax.model.grouped_query_attention import GroupedQueryAttention, GroupedQueryCache
 from asa_jax.model.latent_attention import LatentAttention, LatentCache
-from asa_jax.model.transformer import (
-    Layer,
-    Transformer,
-    abstract_model,
-    listed_layers,
-    matrices_in_compute_dtype,
-)
+from asa_jax.model.param_layout import listed_layers, matrices_in_compute_dtype
+from asa_jax.model.transformer import Layer, Transformer, abstract_model
 
 
 class Projected(NamedTuple):

@@ -9,7 +9,8 @@ import jax
 from flax import nnx
 
 from asa_jax.config import ModelConfig
-from asa_jax.model.transformer import abstract_model, shortest_period, split_kinds
+from asa_jax.model.param_layout import shortest_period, split_kinds
+from asa_jax.model.transformer import abstract_model
 
 
 class CacheBytes(NamedTuple):

@@ -24,7 +24,7 @@ from asa_jax.decoding.steps import (
     resize_state,
 )
 from asa_jax.errors import UserError
-from asa_jax.model.transformer import listed_layers, matrices_in_compute_dtype
+from asa_jax.model.param_layout import listed_layers, matrices_in_compute_dtype
 
 MIN_BUCKET_TOKENS = 64
 _LESS = "shorten the prompt, lower max_tokens or give fewer prompts at once"

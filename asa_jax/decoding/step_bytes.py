@@ -7,7 +7,8 @@ import jax
 
 from asa_jax.config import ModelConfig
 from asa_jax.decoding.cache_bytes import cache_shapes
-from asa_jax.model.transformer import abstract_model, matrices_in_compute_dtype
+from asa_jax.model.param_layout import matrices_in_compute_dtype
+from asa_jax.model.transformer import abstract_model
 
 # What a layer with lists of blocks reads where they say, by the names of the cache's fields.
 _LISTED = (("latent",), ("tokens", "key"), ("tokens", "value"))

@@ -13,7 +13,8 @@ from asa_jax.config import ModelConfig
 from asa_jax.decoding.sampling import sample_tokens
 from asa_jax.decoding.settings import Sampling
 from asa_jax.model.cached_attention import Chunk
-from asa_jax.model.transformer import Transformer, abstract_model, split_kinds
+from asa_jax.model.param_layout import split_kinds
+from asa_jax.model.transformer import Transformer, abstract_model
 from asa_jax.sharding import constrain, partition_spec
 
 # Maps the model, tokens [B], positions [B] and a cache to hidden states [B, D] and the cache.

@@ -23,7 +23,8 @@ from asa_jax.context_parallel import in_row_order
 from asa_jax.errors import ConfigError
 from asa_jax.interop.convert_latent import fit_latent
 from asa_jax.model.layers import TokenEmbedding
-from asa_jax.model.transformer import Layer, abstract_model, layer_places
+from asa_jax.model.param_layout import layer_places
+from asa_jax.model.transformer import Layer, abstract_model
 from asa_jax.sharding import constrain, param_shardings
 from asa_jax.training.step import Batch
 

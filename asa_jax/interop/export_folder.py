@@ -25,7 +25,7 @@ from asa_jax.interop.folder_tokenizer import GENERATION_CONFIG
 from asa_jax.interop.hugging_face_config import CONFIG_FILE
 from asa_jax.interop.safetensors_files import INDEX_FILE, SINGLE_FILE
 from asa_jax.interop.tensor_table import Place, Table, all_places
-from asa_jax.model.transformer import layer_places
+from asa_jax.model.param_layout import layer_places
 
 
 def export_model(

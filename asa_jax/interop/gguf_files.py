@@ -19,7 +19,7 @@ from asa_jax.interop.hugging_face_config import HuggingFaceConfig
 from asa_jax.interop.huggingface import read_params
 from asa_jax.interop.llama import llama_table, read_llama
 from asa_jax.interop.tensor_table import Place, Table, all_places
-from asa_jax.model.transformer import layer_places
+from asa_jax.model.param_layout import layer_places
 
 # Names in a config.json of Hugging Face, and in GGUF.
 FIELDS = {

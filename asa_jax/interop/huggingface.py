@@ -29,7 +29,8 @@ from asa_jax.interop.safetensors_files import (
     open_folder,
 )
 from asa_jax.interop.tensor_table import Place, Table, all_places
-from asa_jax.model.transformer import abstract_model, layer_places
+from asa_jax.model.param_layout import layer_places
+from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import param_shardings
 
 

@@ -103,7 +103,7 @@ def all_places(table: Table, layers: list[tuple[tuple[str | int, ...], int | Non
 
     Args:
         table: of the architecture.
-        layers: where the parameters of each layer lie, of `transformer.layer_places`.
+        layers: where the parameters of each layer lie, of `param_layout.layer_places`.
 
     Returns:
         One place for each part of each parameter.

@@ -25,7 +25,8 @@ from rich.table import Table
 
 from asa_jax.config import config_from_dict
 from asa_jax.errors import DataError, UserError
-from asa_jax.model.transformer import count_params, shortest_period
+from asa_jax.model.param_layout import shortest_period
+from asa_jax.model.transformer import count_params
 from asa_jax.training.metrics import METRICS, read_metrics
 from asa_jax.training.run_directory import CONFIG, run_notes
 

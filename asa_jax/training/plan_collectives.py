@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from asa_jax.config import Config, ModelConfig
-from asa_jax.model.transformer import abstract_model, shortest_period
+from asa_jax.model.param_layout import shortest_period
+from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import MESH_AXES
 
 DIVIDED = {"vocab", "heads", "kv_heads", "mlp"}  # by tensor

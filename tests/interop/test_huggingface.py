@@ -22,7 +22,8 @@ from asa_jax.interop.architectures import read_architecture
 from asa_jax.interop.folder_tokenizer import load_folder_tokenizer
 from asa_jax.interop.huggingface import load_model
 from asa_jax.interop.tensor_table import all_places
-from asa_jax.model.transformer import abstract_model, layer_places
+from asa_jax.model.param_layout import layer_places
+from asa_jax.model.transformer import abstract_model
 from asa_jax.trained_run import read_run_config
 from tests.interop.reference_cases import (
     CASES,

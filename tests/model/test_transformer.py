@@ -11,14 +11,8 @@ import numpy as np
 from absl.testing import parameterized
 from flax import nnx
 
-from asa_jax.model.transformer import (
-    abstract_model,
-    count_params,
-    init_params,
-    listed_layers,
-    matrices_in_compute_dtype,
-    shortest_period,
-)
+from asa_jax.model.param_layout import listed_layers, matrices_in_compute_dtype, shortest_period
+from asa_jax.model.transformer import abstract_model, count_params, init_params
 from pallas_kernels import dispatch
 from tests.model.layer_cases import one_document
 from tests.models import random_params, tiny_model_config
