@@ -32,9 +32,7 @@ from asa_jax.context_parallel import (
 from asa_jax.model.block_cache import (
     block_mean,
     complete_blocks,
-    completed_block,
     cut_blocks,
-    fill_blocks,
     keep_selection,
     last_selection,
     summaries_of,
@@ -48,7 +46,6 @@ from asa_jax.model.cached_attention import (
     attend_blocks,
     attend_cache,
     pad_rows,
-    write_if,
 )
 from asa_jax.model.layers import Projection, residual_stddev
 from asa_jax.model.rope import rotate
@@ -56,9 +53,12 @@ from asa_jax.model.sparse_cache import (
     KeyValue,
     SparseCache,
     append_chunk,
+    append_summaries,
+    append_summary,
     append_token,
     empty_cache,
     known_tokens,
+    window_keys,
 )
 from asa_jax.sharding import constrain, sharded
 from pallas_kernels.compressed_attention import compressed_attention
@@ -116,7 +116,7 @@ class NativeSparseAttention(nnx.Module):
         in_force, size = cache.block_indices, x.shape[1]
         cache, window_row, recent_row = append_chunk(cache, pairs, chunk, self.cfg)
         if recent_row is not None:
-            cache = self._append_summaries(cache, recent_row, chunk, size)
+            cache = append_summaries(cache, recent_row, chunk, size, self._summarise, self.cfg)
         summaries = cache.compressed
         if summaries is not None and cache.tokens is not None:
             length = cache.tokens.key.shape[1]
@@ -145,7 +145,8 @@ class NativeSparseAttention(nnx.Module):
         """Maps one token a row, [B, D] at position [B], to [B, D], and appends it to the cache."""
         rows, padded, x = position.size, pad_rows(position, x.shape[0])[:, None], x[:, None]
         query, pairs = jax.tree.map(lambda a: a[:rows], self._project(x, padded))
-        cache = self._append_summary(append_token(cache, pairs, position), position)
+        cache = append_token(cache, pairs, position)
+        cache = append_summary(cache, position, self._summarise, self.cfg)
         outputs: dict[str, jax.Array] = {}
         if cache.compressed is not None:
             compressed = Keys(*cache.compressed)
@@ -162,7 +163,11 @@ class NativeSparseAttention(nnx.Module):
             )
             cache = cache._replace(block_indices=block_indices)
         if "window" in self.cfg.nsa_branches:
-            outputs["window"] = self._attend_window(query[:, 0], cache, position)
+            keys = window_keys(cache, position, self.cfg)
+            lengths = jnp.minimum(position + 1, keys.key.shape[1])
+            outputs["window"], _ = attend_cache(
+                query[:, 0], keys, lengths, self.scale, self.cfg.implementation
+            )
         padded_outputs = {n: pad_rows(o, x.shape[0])[:, None] for n, o in outputs.items()}
         output = self._combine(x, padded_outputs)
         return output[:, 0], cache
@@ -345,56 +350,3 @@ class NativeSparseAttention(nnx.Module):
         # Not stacked, which would store them all once more.
         gated = [gates[..., i, None] * outputs[n] for i, n in enumerate(self.cfg.nsa_branches)]
         return self.output("BTNH,NHD->BTD", sum(gated[1:], start=gated[0]))
-
-    def _append_summaries(
-        self, cache: SparseCache, recent: KeyValue, chunk: Chunk, size: int
-    ) -> SparseCache:
-        """Writes the summaries of the blocks that a chunk completes.
-
-        Args:
-            cache: to write to.
-            recent: tokens of the chunk and compression_block_size before it.
-            chunk: where it stands.
-            size: its tokens.
-        """
-        block, stride = self.cfg.compression_block_size, self.cfg.compression_stride
-        key, value = (cut_blocks(array[:, stride:], block, stride) for array in recent)
-        starts = chunk.offset + stride - block + stride * jnp.arange(key.shape[1])
-        summaries = self._summarise(key, value, starts[None])
-        assert cache.compressed is not None
-        compressed = (
-            fill_blocks(old, new, chunk, size, self.cfg)
-            for old, new in zip(cache.compressed, summaries, strict=True)
-        )
-        return cache._replace(compressed=KeyValue(*compressed))
-
-    def _append_summary(self, cache: SparseCache, position: jax.Array) -> SparseCache:
-        """Writes the summary of a block that the token at `position` [B] completes."""
-        if cache.recent is None or cache.compressed is None:
-            return cache
-        block, completes = completed_block(position, self.cfg)
-        size = self.cfg.compression_block_size
-        start = position + 1 - size
-        order = (start[:, None] + jnp.arange(size)) % size
-        key, value = (
-            jnp.take_along_axis(a, order[..., None, None], axis=1)[:, None] for a in cache.recent
-        )
-        summary = self._summarise(key, value, start[:, None])
-        compressed = (
-            write_if(old, block, new[:, 0], completes)
-            for old, new in zip(cache.compressed, summary, strict=True)
-        )
-        return cache._replace(compressed=KeyValue(*compressed))
-
-    def _attend_window(
-        self, query: jax.Array, cache: SparseCache, position: jax.Array
-    ) -> jax.Array:
-        if cache.window is not None:
-            keys = Keys(*cache.window)
-        else:
-            assert cache.tokens is not None  # the branches share their tokens
-            tokens = jnp.maximum(position[:, None] - jnp.arange(self.cfg.window_size), 0)
-            rows = jnp.arange(position.shape[0])[:, None]
-            keys = Keys(*(array[rows, tokens] for array in cache.tokens))
-        lengths = jnp.minimum(position + 1, keys.key.shape[1])
-        return attend_cache(query, keys, lengths, self.scale, self.cfg.implementation)[0]

@@ -1,19 +1,22 @@
 """What native sparse attention keeps of a row, and how tokens are added to it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from asa_jax.config import ModelConfig
-from asa_jax.model.block_cache import summary_slots
+from asa_jax.model.block_cache import completed_block, cut_blocks, fill_blocks, summary_slots
 from asa_jax.model.cached_attention import (
     Chunk,
+    Keys,
     extend_ring,
     fill,
     recent_row,
     ring_segment_ids,
     write,
+    write_if,
 )
 
 
@@ -22,6 +25,10 @@ class KeyValue(NamedTuple):
 
     key: jax.Array
     value: jax.Array
+
+
+# Of keys and values of blocks, [B, C, l, K, H], that start at positions [B, C]: their summaries.
+Summarise = Callable[[jax.Array, jax.Array, jax.Array], KeyValue]
 
 
 class SparseCache(NamedTuple):
@@ -101,6 +108,67 @@ def append_chunk(
             size = pairs["window"].key.shape[1]
             window_row = KeyValue(*(recent_row(a, chunk, cfg.window_size, size) for a in tokens))
     return cache._replace(tokens=tokens, window=window, recent=recent), window_row, recent_tokens
+
+
+def append_summaries(
+    cache: SparseCache,
+    recent: KeyValue,
+    chunk: Chunk,
+    size: int,
+    summarise: Summarise,
+    cfg: ModelConfig,
+) -> SparseCache:
+    """Writes the summaries of the blocks that a chunk completes.
+
+    Args:
+        cache: to write to.
+        recent: tokens of the chunk and compression_block_size before it.
+        chunk: where it stands.
+        size: its tokens.
+        summarise: of the blocks.
+        cfg: sizes of blocks.
+    """
+    block, stride = cfg.compression_block_size, cfg.compression_stride
+    key, value = (cut_blocks(array[:, stride:], block, stride) for array in recent)
+    starts = chunk.offset + stride - block + stride * jnp.arange(key.shape[1])
+    summaries = summarise(key, value, starts[None])
+    assert cache.compressed is not None
+    compressed = (
+        fill_blocks(old, new, chunk, size, cfg)
+        for old, new in zip(cache.compressed, summaries, strict=True)
+    )
+    return cache._replace(compressed=KeyValue(*compressed))
+
+
+def append_summary(
+    cache: SparseCache, position: jax.Array, summarise: Summarise, cfg: ModelConfig
+) -> SparseCache:
+    """Writes the summary of a block that the token at `position` [B] completes."""
+    if cache.recent is None or cache.compressed is None:
+        return cache
+    block, completes = completed_block(position, cfg)
+    size = cfg.compression_block_size
+    start = position + 1 - size
+    order = (start[:, None] + jnp.arange(size)) % size
+    key, value = (
+        jnp.take_along_axis(a, order[..., None, None], axis=1)[:, None] for a in cache.recent
+    )
+    summary = summarise(key, value, start[:, None])
+    compressed = (
+        write_if(old, block, new[:, 0], completes)
+        for old, new in zip(cache.compressed, summary, strict=True)
+    )
+    return cache._replace(compressed=KeyValue(*compressed))
+
+
+def window_keys(cache: SparseCache, position: jax.Array, cfg: ModelConfig) -> Keys:
+    """Keys and values of the last window_size tokens up to `position` [B], in any order."""
+    if cache.window is not None:
+        return Keys(*cache.window)
+    assert cache.tokens is not None  # the branches share their tokens
+    tokens = jnp.maximum(position[:, None] - jnp.arange(cfg.window_size), 0)
+    rows = jnp.arange(position.shape[0])[:, None]
+    return Keys(*(array[rows, tokens] for array in cache.tokens))
 
 
 def known_tokens(
