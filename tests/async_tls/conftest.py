@@ -1,14 +1,8 @@
 """Compilation for the tests of AsyncTLS."""
 
-from collections.abc import Iterator
-
-import jax
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def fast_compilation() -> Iterator[None]:
-    """Compiles in half the time: a test runs what it compiles once, on a few hundred numbers."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def compile_fast(fast_compilation: None) -> None:
+    """Every test asks for `fast_compilation`."""

@@ -20,14 +20,8 @@ from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import make_mesh
 from tests.models import random_params
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 SIZES = (2, 17, 18, 40, 65, 120, 5)
-
-
-@pytest.fixture(autouse=True)
-def fast_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

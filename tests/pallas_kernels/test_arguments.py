@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.compressed_attention import compressed_attention
 from pallas_kernels.select_blocks import select_blocks
 from pallas_kernels.selected_attention import selected_attention
@@ -101,7 +100,6 @@ def test_bad_argument_is_named(operation, changes, message):
 
 
 @pytest.mark.parametrize("operation", EVERY)
-def test_kernel_asked_for_where_there_is_none_is_an_error(operation, monkeypatch):
-    monkeypatch.setattr(dispatch, "is_hopper", lambda: False)
+def test_kernel_asked_for_where_there_is_none_is_an_error(operation, no_hopper):
     with pytest.raises(NotImplementedError, match=operation.__name__):
         call(operation, implementation="mosaic_gpu")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pallas_kernels import async_tls_benchmark, dispatch
+from pallas_kernels import async_tls_benchmark
 from pallas_kernels.async_tls_benchmark_rows import COLD_BYTES, num_layers
 from pallas_kernels.async_tls_cases import ASYNC_TLS_CASES
 
@@ -102,7 +102,6 @@ def test_command_line_errors(argument, capsys):
     assert f"error: {argument.split('=')[0]}" in capsys.readouterr().err
 
 
-def test_kernels_need_a_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(dispatch, "is_hopper", lambda: False)
+def test_kernels_need_a_gpu(capsys, no_hopper):
     assert async_tls_benchmark.main([]) == 1
     assert "error: the kernels need a Hopper GPU" in capsys.readouterr().err

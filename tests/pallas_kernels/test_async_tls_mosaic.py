@@ -5,12 +5,10 @@ from typing import Any
 
 import chex
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.async_tls_attention import async_tls_attention
 from pallas_kernels.async_tls_attention import mosaic_gpu as attention_kernel
 from pallas_kernels.async_tls_attention import reference as attention_reference
@@ -23,19 +21,14 @@ from pallas_kernels.async_tls_select_tokens.reference import Labels
 from pallas_kernels.double_sparsity import best_of_ranges
 from pallas_kernels.mosaic.largest_columns import KEPT, NEVER, largest_columns
 from pallas_kernels.token_lists import list_best
+from tests.pallas_kernels.decode_checks import INTERPRET, check, exact, normal
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-INTERPRET = plgpu.InterpretGPUParams()
 GROUPED, LATENT = ASYNC_TLS_CASES
 KERNELS = {
     "dense": 1, "async_tls": 6, "blocks": 2, "tokens": 3, "attention": 1, "quest": 3,
     "double_sparsity": 5, "double_sparsity_top_k": 3,
 }  # fmt: skip
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    monkeypatch.setattr(dispatch, "is_hopper", lambda: True)
 
 
 def abstract(case: Any, method: Any, batch: int, context: int) -> Any:
@@ -163,22 +156,6 @@ def test_interpreted_tokens_match_the_definition():
     chex.assert_trees_all_equal(actual, wanted)
 
 
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
-
-
-def exact(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
-    return tuple(None if x is None else x.astype(jnp.float32) for x in arrays)
-
-
-def check(actual: Any, desired: Any) -> None:
-    (output, lse), (desired_output, desired_lse) = actual, desired
-    assert output.dtype == jnp.bfloat16
-    chex.assert_trees_all_close(lse, desired_lse, atol=1e-4)
-    error = jnp.linalg.norm((output - desired_output).ravel())
-    assert error < 5e-3 * jnp.linalg.norm(desired_output.ravel())
-
-
 @pytest.mark.parametrize("latents", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_interpreted_attention_to_keys_and_values_of_one_array_is_that_to_two(latents):
     head_dim, columns = (576, (0, 512)) if latents else (64, (64, 128))
@@ -265,11 +242,7 @@ def test_keys_and_values_of_one_array_lower_for_cuda(head_dim, width, value_colu
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 1
 
 
-needs_hopper = pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopper GPU")
-
-
 @pytest.mark.gpu
-@needs_hopper
 @pytest.mark.parametrize(
     ("columns", "size", "max_kept"), [(512, 128, 3), (2048, 128, 12), (8704, 1024, 50),
                                       (9728, 2048, 50), (16384, 512, 90)]
@@ -295,7 +268,6 @@ def test_lists_are_those_of_the_largest(columns, size, max_kept):
 
 
 @pytest.mark.gpu
-@needs_hopper
 @pytest.mark.parametrize("columns", [32768, 98304, 131072])
 def test_best_of_ranges_are_the_best_of_all(columns):
     scores = np.random.default_rng(columns).random((2, 2, columns), np.float32)
@@ -305,7 +277,6 @@ def test_best_of_ranges_are_the_best_of_all(columns):
 
 
 @pytest.mark.gpu
-@needs_hopper
 @pytest.mark.parametrize("case", ASYNC_TLS_CASES, ids=str)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("batch", "context"), [(1, 98304), (5, 8192)])
@@ -333,7 +304,6 @@ def test_kernels_match_the_definition(case, method, batch, context):
 
 
 @pytest.mark.gpu
-@needs_hopper
 @pytest.mark.parametrize("case", ASYNC_TLS_CASES, ids=str)
 def test_kernel_reads_keys_and_values_of_one_array(case):
     """As a pool of blocks has them: rows of key heads, slots in the place of blocks."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import benchmark, dispatch, measurement, timing
+from pallas_kernels import benchmark, measurement, timing
 from pallas_kernels.benchmark_floors import Work
 from pallas_kernels.benchmark_rows import (
     ASA,
@@ -65,10 +65,9 @@ def test_floor_of_dense_attention():
     "row", [row for row in ROWS if row.op != "dense"], ids=lambda row: row.name
 )
 @pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_rows_trace(row, backward, monkeypatch):
+def test_rows_trace(row, backward, hopper):
     if backward and not row.has_backward:
         pytest.skip("no gradient")
-    monkeypatch.setattr(dispatch, "is_hopper", lambda: True)
     case = dataclasses.replace(row.case, num_tokens=2048)
     arguments = jax.eval_shape(lambda: draw(row, case, backward))
     results = jax.eval_shape(timed_function(row, case, backward), *arguments)
@@ -140,8 +139,7 @@ def test_command_line_errors(arguments, capsys):
     assert "error: " + arguments[0] in capsys.readouterr().err
 
 
-def test_needs_a_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(dispatch, "is_hopper", lambda: False)
+def test_needs_a_gpu(capsys, no_hopper):
     assert benchmark.main([]) == 1
     assert capsys.readouterr().err == (
         "error: the benchmark needs a Hopper GPU (compute capability 9)\n"

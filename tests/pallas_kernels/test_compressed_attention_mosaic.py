@@ -7,7 +7,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.blocks import number_of_blocks
 from pallas_kernels.compressed_attention import compressed_attention, mosaic_gpu, reference
 from tests.pallas_kernels import flash_checks
@@ -110,9 +109,6 @@ def test_lowers_under_transformations() -> None:
     assert "@mosaic_gpu" in flash_checks.lower_transformed(kernel(*sizes), shapes)
 
 
-on_gpu = pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopper GPU")
-
-
 def chosen(value_dim: int, block_size: int, stride: int) -> flash_checks.Attend:
     """Returns the operation as its users call it."""
 
@@ -126,7 +122,6 @@ def chosen(value_dim: int, block_size: int, stride: int) -> flash_checks.Attend:
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [1024, 3001])
 @pytest.mark.parametrize("name", SHAPES)
@@ -139,7 +134,6 @@ def test_matches_the_definition(name: str, length: int, packed: bool) -> None:
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("name", ["asa", "nsa_64"])
 def test_matches_the_definition_at_16384(name: str) -> None:
     shapes, *sizes = shapes_of(name, 1, 16384)
@@ -147,7 +141,6 @@ def test_matches_the_definition_at_16384(name: str) -> None:
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize(
     ("name", "length"),
     [("asa", 65536), ("nsa_128", 65536), ("asa", 262_144), ("asa", 1_048_576)],
@@ -163,7 +156,6 @@ def test_spots_of_long_rows(name: str, length: int) -> None:
 
 
 @pytest.mark.gpu
-@on_gpu
 @pytest.mark.parametrize("name", ["asa", "nsa_64"])
 def test_transformations_change_nothing(name: str) -> None:
     shapes, *sizes = shapes_of(name, 1, 2048)

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.blocks import number_of_blocks
 from pallas_kernels.compressed_attention import compressed_attention
 from pallas_kernels.decode_attention import decode_attention
@@ -207,7 +206,6 @@ def test_bad_arguments_are_named(operation, change, message):
 
 
 @pytest.mark.parametrize("operation", VALID, ids=lambda x: x.__name__)
-def test_the_kernel_asked_for_by_name_says_what_it_does_not_take(operation, monkeypatch):
-    monkeypatch.setattr(dispatch, "is_hopper", lambda: True)
+def test_the_kernel_asked_for_by_name_says_what_it_does_not_take(operation, hopper):
     with pytest.raises(NotImplementedError, match=f"{operation.__name__}: key: float32"):
         operation(**VALID[operation], implementation="mosaic_gpu")

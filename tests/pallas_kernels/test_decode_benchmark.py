@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from pallas_kernels import decode_benchmark, dispatch
+from pallas_kernels import decode_benchmark
 from pallas_kernels.decode_cases import DECODE_CASES
 
 BY_NAME = {case.name: case for case in DECODE_CASES}
@@ -81,7 +81,6 @@ def test_command_line_errors(argument, capsys):
     assert f"error: {argument.split('=')[0]}" in capsys.readouterr().err
 
 
-def test_kernels_need_a_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(dispatch, "is_hopper", lambda: False)
+def test_kernels_need_a_gpu(capsys, no_hopper):
     assert decode_benchmark.main([]) == 1
     assert "error: the kernels need a Hopper GPU" in capsys.readouterr().err

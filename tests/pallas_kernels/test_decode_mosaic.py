@@ -5,12 +5,10 @@ from typing import Any
 
 import chex
 import jax
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention import mosaic_gpu as dense_kernel
 from pallas_kernels.decode_attention import reference as dense_reference
@@ -21,15 +19,10 @@ from pallas_kernels.decode_selected_attention import mosaic_gpu as selected_kern
 from pallas_kernels.decode_selected_attention import reference as selected_reference
 from pallas_kernels.mosaic import decode
 from pallas_kernels.mosaic.decode_walk import MULTIPROCESSORS, num_splits
+from tests.pallas_kernels.decode_checks import INTERPRET, check, exact, normal
 
-INTERPRET = plgpu.InterpretGPUParams()
 BY_NAME = {case.name: case for case in DECODE_CASES}
 LATENT = BY_NAME["dense, 16 on 288/256"]
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    monkeypatch.setattr(dispatch, "is_hopper", lambda: True)
 
 
 def lower_for_cuda(function: Any, *arguments: Any) -> str:
@@ -144,22 +137,6 @@ def test_merge_is_attention_to_all_splits(few_splits, monkeypatch):
     assert not output[1, 4:8].any()
 
 
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
-
-
-def exact(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
-    return tuple(None if x is None else x.astype(jnp.float32) for x in arrays)
-
-
-def check(actual: Any, desired: Any) -> None:
-    (output, lse), (desired_output, desired_lse) = actual, desired
-    assert output.dtype == jnp.bfloat16
-    chex.assert_trees_all_close(lse, desired_lse, atol=1e-4)
-    error = jnp.linalg.norm((output - desired_output).ravel())
-    assert error < 5e-3 * jnp.linalg.norm(desired_output.ravel())
-
-
 @pytest.mark.parametrize(
     ("shape", "lengths", "splits"),
     [
@@ -216,7 +193,6 @@ def test_interpreted_lists_match_the_definition():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopper GPU")
 @pytest.mark.parametrize("case", DECODE_CASES, ids=str)
 @pytest.mark.parametrize(("batch", "context"), [(1, 65536), (5, 5003)])
 def test_kernels_match_the_definition(case, batch, context):
@@ -235,7 +211,6 @@ def test_kernels_match_the_definition(case, batch, context):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopper GPU")
 def test_api_runs_the_kernel_by_name():
     arrays = LATENT.arguments(2, 1024)
     call = {"value": None, **arrays}

@@ -24,16 +24,6 @@ def run(implementation, mosaic_gpu=kernel):
     return dispatch.run("op", implementation, mosaic_gpu=mosaic_gpu, xla=reference)
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    monkeypatch.setattr(dispatch, "is_hopper", lambda: True)
-
-
-@pytest.fixture
-def no_hopper(monkeypatch):
-    monkeypatch.setattr(dispatch, "is_hopper", lambda: False)
-
-
 def test_default_is_the_kernel_on_hopper(hopper):
     assert run(None) == "kernel"
     assert run("xla") == "reference"

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.cases import Case, make_inputs
 from pallas_kernels.compressed_attention import mosaic_gpu as compressed_kernel
 from pallas_kernels.compressed_attention import reference as compressed_reference
@@ -31,7 +30,6 @@ ASA = Case(
     num_selected_blocks=64,
 )  # fmt: skip
 INTERPRET = plgpu.InterpretGPUParams()
-needs_hopper = pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopper GPU")
 
 
 def documents(length: int) -> jax.Array:
@@ -141,9 +139,8 @@ def equal_lists(shape: Any, length: int, parts: Any, **options: Any) -> jax.Arra
     return jnp.concatenate(equal).mean()
 
 
-def test_sparse_branches_of_a_chunk_lower_with_gradients(monkeypatch):
+def test_sparse_branches_of_a_chunk_lower_with_gradients(hopper):
     case = ASA
-    monkeypatch.setattr(dispatch, "is_hopper", lambda: True)
     inputs = jax.eval_shape(lambda: make_inputs(case, 0, jnp.bfloat16))
     query = jax.ShapeDtypeStruct((1, 2048, *inputs.query.shape[2:]), jnp.bfloat16)
     row = jax.ShapeDtypeStruct((1, 16384), jnp.int32)
@@ -194,7 +191,6 @@ LONG = 3001, (1501, 1000)  # tokens of a row; where queries start, how many ther
 
 
 @pytest.mark.gpu
-@needs_hopper
 @pytest.mark.parametrize("name", ["mla", "gqa_64", "latent"])
 @pytest.mark.parametrize("window", [100, 3001])
 def test_window_on_gpu(name: str, window: int) -> None:
@@ -204,7 +200,6 @@ def test_window_on_gpu(name: str, window: int) -> None:
 
 
 @pytest.mark.gpu
-@needs_hopper
 @pytest.mark.parametrize("name", compressed_cases.SHAPES)
 def test_compressed_attention_on_gpu(name: str) -> None:
     length, part = LONG
@@ -213,7 +208,6 @@ def test_compressed_attention_on_gpu(name: str) -> None:
 
 
 @pytest.mark.gpu
-@needs_hopper
 @pytest.mark.parametrize("part", [(0, 512), (1088, 900)])
 @pytest.mark.parametrize("shape", selected_cases.SHAPES, ids=str)
 def test_selected_attention_on_gpu(shape: Any, part: tuple[int, int]) -> None:
@@ -221,7 +215,6 @@ def test_selected_attention_on_gpu(shape: Any, part: tuple[int, int]) -> None:
 
 
 @pytest.mark.gpu
-@needs_hopper
 @pytest.mark.parametrize(
     "shape", [select_cases.ASA, select_cases.NSA_16, select_cases.NSA_64, select_cases.ASA_1B]
 )
@@ -231,7 +224,6 @@ def test_lists_on_gpu(shape: Any) -> None:
 
 
 @pytest.mark.gpu
-@needs_hopper
 def test_chunks_in_a_scan_equal_the_row_on_gpu():
     inputs, segment_ids = make_inputs(ASA, 0, jnp.bfloat16), documents(ASA.num_tokens)
     parts = functools.partial(in_parts, size=2048)

@@ -10,14 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import blocks, dispatch
+from pallas_kernels import blocks
 from pallas_kernels.compressed_attention import compressed_attention
 from pallas_kernels.select_blocks import mosaic_gpu, reference, select_blocks
 from pallas_kernels.select_blocks.largest import LANES, WARPS, count_bits, largest, search
 from pallas_kernels.select_blocks.scores import Tiling
-
-gpu = pytest.mark.gpu
-needs_hopper = pytest.mark.skipif(not dispatch.is_hopper(), reason="needs a Hopper GPU")
 
 # query heads, key heads, head dim; block, compressed block, stride; list, queries a list
 ASA = (16, 2, 160), (16, 16, 16), 64, 4
@@ -134,8 +131,7 @@ def test_long_rows_are_scored_in_chunks():
     assert sizes and max(sizes) <= mosaic_gpu.MAX_SCORES
 
 
-def test_lowers_under_vmap_remat_scan_and_gradient(monkeypatch):
-    monkeypatch.setattr(dispatch, "is_hopper", lambda: True)
+def test_lowers_under_vmap_remat_scan_and_gradient(hopper):
     select = functools.partial(
         select_blocks, num_selected_blocks=16, block_size=64, compression_block_size=32,
         compression_stride=16, queries_per_selection=4, implementation="mosaic_gpu",
@@ -246,8 +242,7 @@ def test_operation_in_interpret_mode(shape, num_tokens, sizes):
     chex.assert_trees_all_equal(got, expected(shape, query, key, lse, segment_ids))
 
 
-@gpu
-@needs_hopper
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("num_rows", "num_columns", "size"),
     [(300, 512, 3), (1000, 1024, 64), (500, 4096, 64), (100, 16384, 128)],
@@ -260,8 +255,7 @@ def test_lists_on_gpu(num_rows, num_columns, size, ties):
     chex.assert_trees_all_equal(got, want)
 
 
-@gpu
-@needs_hopper
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("shape", "num_tokens", "batch"),
     [
@@ -285,8 +279,7 @@ def test_operation_on_gpu(shape, num_tokens, batch, is_packed):
     chex.assert_trees_all_equal(got, run(query, key, lse))
 
 
-@gpu
-@needs_hopper
+@pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [65536, 262144])
 def test_last_rows_of_long_sequences_on_gpu(num_tokens):
     query, key, _ = (

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
 from pallas_kernels.selected_attention import mosaic_gpu, reference, selected_attention
 
 
@@ -239,11 +238,6 @@ def test_interpreted_kernels_match_the_definition(shape: Shape) -> None:
     check_against_definition(shape, 1, 70, interpret=plgpu.InterpretGPUParams())
 
 
-needs_hopper = functools.partial(
-    pytest.mark.skipif, not dispatch.is_hopper(), reason="needs a Hopper GPU"
-)
-
-
 def documents(length: int) -> jax.Array:
     """Documents of 5, 200 and the rest, at multiples of 64, and padding."""
     row = np.zeros((2, length), np.int32)
@@ -252,7 +246,6 @@ def documents(length: int) -> jax.Array:
 
 
 @pytest.mark.gpu
-@needs_hopper()
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_match_the_definition(shape: Shape, packed: bool) -> None:
@@ -275,7 +268,6 @@ def asa_run(length: int, batch: int = 1) -> tuple[Any, tuple[Any, ...]]:
 
 
 @pytest.mark.gpu
-@needs_hopper()
 def test_gradients_repeat_bit_for_bit() -> None:
     run, arguments = asa_run(4096)
     first = run(*arguments)
@@ -284,7 +276,6 @@ def test_gradients_repeat_bit_for_bit() -> None:
 
 
 @pytest.mark.gpu
-@needs_hopper()
 def test_shard_map_changes_nothing() -> None:
     run, arguments = asa_run(1024)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -294,7 +285,6 @@ def test_shard_map_changes_nothing() -> None:
 
 
 @pytest.mark.gpu
-@needs_hopper()
 def test_vmap_changes_nothing() -> None:
     run, arguments = asa_run(1024)
     others = draw(SHAPES[0], 1, 1024, seed=1)
@@ -304,7 +294,6 @@ def test_vmap_changes_nothing() -> None:
 
 
 @pytest.mark.gpu
-@needs_hopper()
 def test_remat_and_scan_give_the_same_gradients() -> None:
     shape = SHAPES[0]
     query, key, value, block_indices = draw(shape, 1, 1024)
@@ -326,7 +315,6 @@ def test_remat_and_scan_give_the_same_gradients() -> None:
 
 
 @pytest.mark.gpu
-@needs_hopper()
 def test_long_rows_match_the_definition_at_some_queries() -> None:
     shape, length, size = SHAPES[0], 262_144, 4
     query, key, _, block_indices = draw(shape, 1, length)
@@ -365,7 +353,6 @@ def test_long_rows_match_the_definition_at_some_queries() -> None:
 
 
 @pytest.mark.gpu
-@needs_hopper()
 def test_api_runs_the_kernel_by_name() -> None:
     shape = SHAPES[0]
     query, key, value, block_indices = draw(shape, 1, 256)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -158,11 +157,3 @@ def finished(
     done = train(workdir)
     assert done.returncode == 0, done.stderr
     return workdir, done
-
-
-@pytest.fixture
-def fast_compilation() -> Iterator[None]:
-    """Programs that run slowly and compile quickly."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
