@@ -17,12 +17,7 @@ from asa_jax.errors import ConfigError
 from asa_jax.model.transformer import abstract_model, init_params
 from asa_jax.sharding import batch_sharding, check_groups, param_shardings
 from asa_jax.training.losses import summed_nll
-from asa_jax.training.optimizer import (
-    Schedule,
-    make_optimizer,
-    make_schedule,
-    schedule_factor,
-)
+from asa_jax.training.optimizer import Schedule, make_optimizer, make_schedule, schedule_factor
 
 # inputs, targets, positions, segment_ids: int32 [B, T] each, tokens in the order of
 # `context_parallel.placement`.
@@ -166,10 +161,7 @@ def make_sums(
 
 
 def make_step(
-    sums: Callable[[Any, Batch], Metrics],
-    axes: Any,
-    config: Config,
-    parts: int,
+    sums: Callable[[Any, Batch], Metrics], axes: Any, config: Config, parts: int
 ) -> Callable[[TrainState, Batch, Schedule], tuple[TrainState, Metrics]]:
     """Returns the training step: one update by the mean nll of the batch's tokens, in equal parts.
 
@@ -181,16 +173,8 @@ def make_step(
     spike_factor = config.training.spike_factor
 
     def step(state: TrainState, batch: Batch, schedule: Schedule) -> tuple[TrainState, Metrics]:
-        # Of all parts, so that their losses and gradients add up to those of the whole batch.
-        tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
-
-        def mean_nll(params: Any, part: Batch) -> tuple[jax.Array, Metrics]:
-            totals = sums(params, part)
-            return totals["nll"] / tokens, totals
-
-        gradient = jax.grad(mean_nll, has_aux=True)
-        gradients, totals = _accumulate(gradient, state.params, batch, parts)
-        loss, grad_norm = totals["nll"] / tokens, optax.tree.norm(gradients)
+        loss, gradients, totals = _differentiate(sums, state.params, batch, parts)
+        grad_norm = optax.tree.norm(gradients)
         updates_done = state.step - state.skipped_steps
         sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         sound &= ~_is_spike(grad_norm, state.grad_norm_average, updates_done, spike_factor)
@@ -229,6 +213,21 @@ def make_step(
         return state, metrics | counts
 
     return step
+
+
+def _differentiate(
+    sums: Callable[[Any, Batch], Metrics], params: Any, batch: Batch, parts: int
+) -> tuple[jax.Array, Any, Metrics]:
+    """The mean nll of the batch's tokens, its gradients and the sums, in equal parts."""
+    # Of all parts, so that their losses and gradients add up to those of the whole batch.
+    tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
+
+    def mean_nll(params: Any, part: Batch) -> tuple[jax.Array, Metrics]:
+        totals = sums(params, part)
+        return totals["nll"] / tokens, totals
+
+    gradients, totals = _accumulate(jax.grad(mean_nll, has_aux=True), params, batch, parts)
+    return totals["nll"] / tokens, gradients, totals
 
 
 def _is_spike(norm: jax.Array, average: jax.Array, updates: jax.Array, factor: float) -> jax.Array:
