@@ -19,15 +19,12 @@ class HostMemoryError(UserError):
     """The host has not the memory for keys and values: found before the first token."""
 
 
-def allocate_host(
-    shape: tuple[int, ...], dtype: np.dtype, available_bytes: int | None = None
-) -> np.ndarray:
+def allocate_host(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Allocates zeros that the machine really has room for.
 
     Args:
         shape: of the array.
         dtype: of the array.
-        available_bytes: free memory; None for what the system says.
 
     Returns:
         The array, each of its pages written: a system that promises memory it has not would
@@ -37,7 +34,7 @@ def allocate_host(
         HostMemoryError: there is not enough.
     """
     needed = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    available = system_available_bytes() if available_bytes is None else available_bytes
+    available = system_available_bytes()
     check_host_memory(needed, available)
     try:
         array = np.empty(shape, dtype)

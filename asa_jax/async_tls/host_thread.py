@@ -16,6 +16,8 @@ import numpy as np
 from asa_jax.async_tls.host_memory import allocate_host
 from asa_jax.async_tls.transfers import TransferError
 
+# After which a transfer that is waited for counts as lost.
+PATIENCE_SECONDS = 60.0
 _PINNED = "pinned_host"
 
 
@@ -33,8 +35,6 @@ class HostThreadBackend:
         *,
         device: jax.Device,
         num_threads: int,
-        patience_seconds: float = 60,
-        available_bytes: int | None = None,
     ) -> None:
         """Allocates the host's cache and the pool.
 
@@ -47,15 +47,12 @@ class HostThreadBackend:
             dtype: of keys and values.
             device: that holds the pool.
             num_threads: of the host that gather blocks.
-            patience_seconds: after which a transfer that is waited for counts as lost.
-            available_bytes: of host memory; None for what the system says.
 
         Raises:
             HostMemoryError: the host has no room for the cache.
         """
         block = (block_size, width)
-        shape = (num_rows, num_blocks, *block)
-        self.host = self._allocate(shape, np.dtype(dtype), device, available_bytes)
+        self.host = allocate_host((num_rows, num_blocks, *block), np.dtype(dtype))
         on_device = jax.sharding.SingleDeviceSharding(device)
         pinned = _PINNED in {memory.kind for memory in device.addressable_memories()}
         # Where blocks go, one after the other.
@@ -63,7 +60,6 @@ class HostThreadBackend:
         self._pool = jnp.zeros((num_rows, num_slots, *block), dtype, device=on_device)
         self.num_slots = num_slots
         self.block_bytes = self.host[0, 0].nbytes
-        self._patience_seconds = patience_seconds
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="async_tls")
 
     @property
@@ -96,10 +92,11 @@ class HostThreadBackend:
     def wait(self, transfer: Any) -> None:
         """See `transfers.Backend`."""
         try:
-            transfer.result(self._patience_seconds)
+            transfer.result(PATIENCE_SECONDS)
         except FutureTimeoutError:
-            patience = f"{self._patience_seconds:g} seconds"
-            raise TransferError(f"a transfer of blocks did not land in {patience}") from None
+            raise TransferError(
+                f"a transfer of blocks did not land in {PATIENCE_SECONDS:g} seconds"
+            ) from None
         except Exception as error:
             reason = " ".join(str(error).split())
             raise TransferError(f"a transfer of blocks failed ({reason})") from error
@@ -132,11 +129,6 @@ class HostThreadBackend:
     ) -> None:
         """See `transfers.Backend`."""
         self._pool = _write_tokens(self._pool, rows, slots, offsets, tokens)
-
-    def _allocate(
-        self, shape: tuple[int, ...], dtype: np.dtype, device: jax.Device, available: int | None
-    ) -> np.ndarray:
-        return allocate_host(shape, dtype, available)
 
     def _bring(self, rows: np.ndarray, blocks: np.ndarray) -> jax.Array:
         staged = self.host[rows, blocks]

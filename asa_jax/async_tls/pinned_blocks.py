@@ -20,20 +20,13 @@ class PinnedBlocks:
         is_open: until `close`.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        device: jax.Device,
-        available_bytes: int | None = None,
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> None:
         """Allocates and pins.
 
         Args:
             shape: rows, blocks of a row, and of a block.
             dtype: of the blocks.
             device: that reads and writes them.
-            available_bytes: of host memory; None for what the system says.
 
         Raises:
             GatherUnavailableError: what moves blocks cannot be built.
@@ -43,7 +36,7 @@ class PinnedBlocks:
         capability = device.compute_capability if gpu else ""
         self._library = load_library(device.platform, capability)
         self._device = ctypes.c_int(device.local_hardware_id if gpu else 0)
-        self.host = _whole_pages(shape, dtype, available_bytes)
+        self.host = _whole_pages(shape, dtype)
         self._memory = self.host.ctypes.data_as(ctypes.c_void_p)
         self._address = ctypes.c_void_p()
         self.is_open = False
@@ -101,11 +94,10 @@ class PinnedBlocks:
             )
 
 
-def _whole_pages(shape: tuple[int, ...], dtype: np.dtype, available: int | None) -> np.ndarray:
+def _whole_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Zeros that share no page with other memory, so that pinning is theirs alone."""
     needed = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    padded = allocate_host(
-        (-(-needed // _PAGE_BYTES) * _PAGE_BYTES + _PAGE_BYTES,), np.dtype(np.uint8), available
-    )
+    pages = -(-needed // _PAGE_BYTES) + 1
+    padded = allocate_host((pages * _PAGE_BYTES,), np.dtype(np.uint8))
     first = -padded.ctypes.data % _PAGE_BYTES
     return padded[first : first + needed].view(dtype).reshape(shape)

@@ -39,7 +39,6 @@ class SimulatedBackend:
         dtype: np.dtype,
         *,
         ticks_of: Callable[[], int] = lambda: 0,
-        available_bytes: int | None = None,
     ) -> None:
         """Allocates the host's cache and the pool.
 
@@ -51,13 +50,12 @@ class SimulatedBackend:
             width: numbers of a token, key and value.
             dtype: of keys and values.
             ticks_of: asked for each transfer, how many ticks it takes; FAILS for one that fails.
-            available_bytes: of host memory; None for what the system says.
 
         Raises:
             HostMemoryError: the host has no room for the cache.
         """
         block = (block_size, width)
-        self.host = allocate_host((num_rows, num_blocks, *block), dtype, available_bytes)
+        self.host = allocate_host((num_rows, num_blocks, *block), dtype)
         self._pool = np.zeros((num_rows, num_slots, *block), dtype)
         self.num_slots = num_slots
         self.block_bytes = self._pool[0, 0].nbytes

@@ -379,15 +379,20 @@ def test_a_full_sequence_and_a_small_pool_are_named():
         Setup(slots=11)
 
 
-def test_a_cache_that_the_host_has_no_room_for_is_refused_with_its_bytes():
-    needed = ROWS * BLOCKS * BLOCK * WIDTH * 4
-    with pytest.raises(HostMemoryError, match=f"need {needed} bytes of host memory and 100 are"):
-        SimulatedBackend(ROWS, BLOCKS, 12, BLOCK, WIDTH, np.float32, available_bytes=100)
+def test_a_cache_that_the_host_has_no_room_for_is_refused_with_its_bytes(monkeypatch):
+    assert 2**20 < system_available_bytes() < 2**50
     with pytest.raises(HostMemoryError, match=f"need {2**60} bytes"):
         allocate_host((2**60,), np.uint8)
+    monkeypatch.setattr(host_memory, "system_available_bytes", lambda: 2**61)
     with pytest.raises(HostMemoryError, match=f"need {2**60} bytes"):
-        allocate_host((2**60,), np.uint8, available_bytes=2**61)  # the system itself refuses
-    assert 2**20 < system_available_bytes() < 2**50
+        allocate_host((2**60,), np.uint8)  # the system itself refuses
+    monkeypatch.setattr(host_memory, "system_available_bytes", lambda: 100)
+    needed = ROWS * BLOCKS * BLOCK * WIDTH * 4
+    with pytest.raises(HostMemoryError, match=f"need {needed} bytes of host memory and 100 are"):
+        SimulatedBackend(ROWS, BLOCKS, 12, BLOCK, WIDTH, np.float32)
+
+
+def test_an_empty_engine_has_moved_nothing():
     assert dataclasses.asdict(Setup().engine.counters)["to_device_bytes"] == 0
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from asa_jax.async_tls import host_memory, host_thread
 from asa_jax.async_tls.engine import Engine, slots_for
 from asa_jax.async_tls.host_memory import HostMemoryError
 from asa_jax.async_tls.host_thread import HostThreadBackend
@@ -29,10 +30,10 @@ def backend():
     backend.close()
 
 
-def make_backend(**options):
+def make_backend():
     return HostThreadBackend(
         *SIZES, slots_for(CFG), BLOCK, WIDTH, np.float32,
-        device=jax.devices()[0], num_threads=2, **options,
+        device=jax.devices()[0], num_threads=2,
     )  # fmt: skip
 
 
@@ -127,13 +128,14 @@ def test_a_transfer_that_fails_is_reported_in_one_line(held):
     assert (slots_of(held, range(2, 5)) >= 0).all()
 
 
-def test_a_transfer_that_does_not_land_is_reported(held):
-    held._backend._patience_seconds = 0.05
+def test_a_transfer_that_does_not_land_is_reported(held, monkeypatch):
+    monkeypatch.setattr(host_thread, "PATIENCE_SECONDS", 0.05)
     with pytest.raises(TransferError, match=r"did not land in 0\.05 seconds"):
         held.fetch(asked())
     assert (slots_of(held, range(2, 5)) < 0).all()
 
 
-def test_a_cache_that_the_host_has_no_room_for_is_refused():
+def test_a_cache_that_the_host_has_no_room_for_is_refused(monkeypatch):
+    monkeypatch.setattr(host_memory, "system_available_bytes", lambda: 5)
     with pytest.raises(HostMemoryError, match="bytes of host memory and 5 are free"):
-        make_backend(available_bytes=5)
+        make_backend()

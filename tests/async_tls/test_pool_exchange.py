@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from asa_jax.async_tls import host_memory
 from asa_jax.async_tls.host_memory import HostMemoryError
 from asa_jax.async_tls.pinned_blocks import PinnedBlocks
 from asa_jax.async_tls.pool_exchange import NOTHING, TO_HOST, Pool, exchange, init_pool, join
@@ -142,6 +143,7 @@ def test_closing_waits_and_ends_stream_and_pinning_however_often(device):
         assert library.AsaUnpin(other._memory) is None
 
 
-def test_a_cache_that_the_host_has_no_room_for_is_refused(device):
+def test_a_cache_that_the_host_has_no_room_for_is_refused(device, monkeypatch):
+    monkeypatch.setattr(host_memory, "system_available_bytes", lambda: 5)
     with pytest.raises(HostMemoryError, match="bytes of host memory and 5 are free"):
-        PinnedBlocks((1, 2, 4), np.dtype(np.float32), device, available_bytes=5)
+        PinnedBlocks((1, 2, 4), np.dtype(np.float32), device)
