@@ -1,13 +1,14 @@
 """Training speed of the models in the table: `python -m asa_jax.training.benchmark --output DIR`.
 
 Prints a table and writes it to DIR as `training.md`, `training.json` and `training.png`. Each row
-is a run of `speed`, compiled beside the others and then measured with the GPU to itself; one that
-fails costs its own line alone.
+is a run of `speed`, compiled beside the others and then measured with its GPUs to itself; one that
+fails costs its own line alone. Rows of several GPUs are measured where `--rows` names them.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 import time
@@ -39,31 +40,43 @@ class Row:
     batch: int
     target: float | None
     flags: tuple[str, ...] = ()
+    devices: int = 1
 
 
 LISTED, SCANNED = (f"--config.model.scan_layers={value}" for value in (False, True))
+LISTED_WHOLE = (LISTED, "--config.model.remat=none", "--config.optimizer.device_tokens=16384")
+SCANNED_ANEW = (SCANNED, "--config.model.remat=full")  # as a list it takes minutes to compile
 ROWS = (
     Row("full_340m 8k", "configs/full_340m.py", 8192, 8, 130_000),
     Row("asa_340m 8k", "configs/asa_340m.py", 8192, 8, 165_000),
     Row("full_340m 64k", "configs/full_340m.py", 65536, 1, None),
     Row("asa_340m 64k", "configs/asa_340m.py", 65536, 1, 140_000),
-    Row(  # As a list it takes minutes to compile.
-        "asa_340m 256k", "configs/asa_340m.py", 262144, 1, None,
-        (SCANNED, "--config.model.remat=full"),
-    ),
-    Row(
-        "asa_1b 8k", "configs/asa_1b.py", 8192, 8, 52_000,
-        (LISTED, "--config.model.remat=none", "--config.optimizer.device_tokens=16384"),
-    ),
+    Row("asa_340m 256k", "configs/asa_340m.py", 262144, 1, None, SCANNED_ANEW),
+    Row("asa_1b 8k", "configs/asa_1b.py", 8192, 8, 52_000, LISTED_WHOLE),
     Row(
         "asa_1b 64k", "configs/asa_1b.py", 65536, 1, 46_000,
         (LISTED, "--config.model.remat=attention"),
+    ),
+    *(
+        Row(
+            f"asa_1b 8k fsdp {n}", "configs/asa_1b.py", 8192, 8 * n, None,
+            ("--config.mesh.data=1", f"--config.mesh.fsdp={n}", *LISTED_WHOLE), n,
+        )
+        for n in (2, 4)
+    ),
+    *(
+        Row(
+            f"asa_340m {256 * n}k context {n}", "configs/asa_340m.py", 262144 * n, 1, None,
+            ("--config.mesh.data=1", f"--config.mesh.context={n}", *SCANNED_ANEW), n,
+        )
+        for n in (2, 4)
     ),
 )  # fmt: skip
 RATIOS = (  # first row, second row, at least
     ("asa_340m 8k", "full_340m 8k", 1.25),
     ("asa_340m 64k", "full_340m 64k", 3.3),
     ("asa_340m 64k", "asa_340m 8k", 0.85),
+    ("asa_1b 8k fsdp 4", "asa_1b 8k", 3.6),
 )
 
 
@@ -100,7 +113,14 @@ def start(row: Row, sources: str, cache: str) -> Measurement:
             *row.flags,
         ],
         JAX_COMPILATION_CACHE_DIR=cache,
+        CUDA_VISIBLE_DEVICES=",".join(_gpus()[: row.devices]),
     )  # fmt: skip
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs that may be used, more than there are where nobody said which."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(n) for n in range(max(r.devices for r in ROWS))]
 
 
 def cells(record: dict[str, Any]) -> tuple[str, ...]:
@@ -161,7 +181,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(prog="asa_jax.training.benchmark", description=__doc__)
     parser.add_argument(
-        "--rows", default=",".join(names), help=f"names with commas between, of: {', '.join(names)}"
+        "--rows",
+        default=",".join(row.name for row in ROWS if row.devices == 1),
+        help=f"names with commas between, of: {', '.join(names)}",
     )
     parser.add_argument("--sources", default="tokens/bundled", help="token folder to train on")
     parser.add_argument("--output", type=Path, help="directory for the table, JSON and chart")

@@ -40,6 +40,20 @@ def test_command_line_errors(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_rows_of_several_gpus_are_measured_where_they_are_named(monkeypatch, tmp_path):
+    (tmp_path / "manifest.json").touch()
+    sources = ["--sources", str(tmp_path)]
+    named = benchmark.parse([*sources, "--rows=asa_1b 8k fsdp 2"]).rows
+    assert not set(named) & set(benchmark.parse(sources).rows)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    started = []
+    monkeypatch.setattr(benchmark, "Measurement", lambda *_, **given: started.append(given))
+    for row in benchmark.ROWS:
+        if row.name in ("asa_1b 8k", *named):
+            benchmark.start(row, "tokens", "cache")
+    assert [given["CUDA_VISIBLE_DEVICES"] for given in started] == ["3", "3,5"]
+
+
 @pytest.mark.slow
 def test_a_row_is_measured_by_another_process_than_the_one_that_compiled(
     token_folder, small_flags, monkeypatch
