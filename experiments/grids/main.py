@@ -27,10 +27,10 @@ GRID = Grid(
     learning_rates=(1e-3, 2e-3, 4e-3),
     sweep=Training(
         settings={
-            "training.steps": 150,
-            "training.eval_every_steps": 150,
-            "training.checkpoint_every_steps": 150,
-            "optimizer.warmup_steps": 50,
+            "training.steps": 100,
+            "training.eval_every_steps": 100,
+            "training.checkpoint_every_steps": 100,
+            "optimizer.warmup_steps": 33,
         }
     ),
     evaluation={"tasks": "perplexity", "lengths": "8192", "perplexity_tokens": 2**21},
