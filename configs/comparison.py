@@ -60,10 +60,10 @@ def get_config(size_and_arm: str = "45m/asa") -> ConfigDict:
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 100})
     config.training.update(
         {
-            "steps": 1150,  # 150M tokens
-            "eval_every_steps": 230,
+            "steps": 1170,  # 150M tokens beside what pads rows
+            "eval_every_steps": 234,
             "eval_batches": 8,
-            "checkpoint_every_steps": 115,
+            "checkpoint_every_steps": 117,
             "keep_checkpoints": 2,
         }
     )

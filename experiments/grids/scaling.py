@@ -7,7 +7,7 @@ python -m experiments.compare --grid=experiments/grids/scaling.py --output=runs/
 
 from experiments.grid import Grid, Training
 
-SIZES = {"15m": 382, "45m": 1150, "110m": 2720}  # steps: 3.3 tokens a parameter
+SIZES = {"15m": 389, "45m": 1170, "110m": 2767}  # steps: 3.3 tokens a parameter
 ARMS = ("full", "asa")
 
 GRID = Grid(
@@ -24,10 +24,10 @@ GRID = Grid(
     learning_rates=(1e-3, 2e-3, 4e-3),
     sweep=Training(
         settings={
-            "training.steps": 150,
-            "training.eval_every_steps": 150,
-            "training.checkpoint_every_steps": 150,
-            "optimizer.warmup_steps": 50,
+            "training.steps": 100,
+            "training.eval_every_steps": 100,
+            "training.checkpoint_every_steps": 100,
+            "optimizer.warmup_steps": 33,
         }
     ),
     evaluation={"tasks": "perplexity", "lengths": "8192", "perplexity_tokens": 2**21},
