@@ -40,6 +40,8 @@ class Grid:
         evaluation: flags of eval.py after training: validation loss by part and position.
         choices: files of multiple-choice examples for eval.py, first seed of each model.
         copying: flags of `experiments.copying`.
+        selection: flags of `experiments.selection`, for the models in `selecting`, first seed.
+        selecting: models whose layers select blocks.
         fine_tuning: on synthetic tasks; None: retrieval is not measured.
         tasks: flags of `experiments.tasks`, which makes their training data.
         retrieval: flags of eval.py after fine-tuning.
@@ -64,6 +66,8 @@ class Grid:
     evaluation: Settings
     copying: Settings
     choices: tuple[str, ...] = ()
+    selection: Settings = dataclasses.field(default_factory=dict)
+    selecting: tuple[str, ...] = ()
     fine_tuning: Training | None = None
     tasks: Settings = dataclasses.field(default_factory=dict)
     retrieval: Settings = dataclasses.field(default_factory=dict)
@@ -78,6 +82,7 @@ class Grid:
         if not self.learning_rates:
             raise ConfigError("learning_rates: must hold at least one rate")
         named = {self.baseline: "baseline"} | {model: "continued" for model in self.continued}
+        named |= {model: "selecting" for model in self.selecting}
         named |= {model: "model_settings" for model in self.model_settings}
         for model, field in named.items():
             if model not in self.seeds:

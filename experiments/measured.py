@@ -15,7 +15,7 @@ from experiments.stages import run_name
 
 # Of each run: what the report shows as missing. Others are of the first seed alone.
 STAGES = ("train", "evaluate", "copying", "retrieval")
-FIRST_SEED_STAGES = ("speed", "decode", "evaluate_long", "choices")
+FIRST_SEED_STAGES = ("selection", "speed", "decode", "evaluate_long", "choices")
 # Two-sided 95% quantiles of Student's t by degrees of freedom; beyond, about that of the last.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 FAR_TOKENS = 1024  # copying counts as far from here on: beyond every window
@@ -176,6 +176,7 @@ class Comparison:
             "decode": bool(grid["decode_lengths"]),
             "evaluate_long": model in grid["continued"],
             "choices": bool(grid["choices"]),
+            "selection": model in grid.get("selecting", ()),
         }
         return planned.get(stage, True)
 

@@ -127,6 +127,27 @@ def copying_table(data: Comparison) -> list[str]:
     return markdown_table(header, rows)
 
 
+def selection_table(data: Comparison) -> list[str]:
+    """What lists of blocks share and how far they reach, means over parts and layers."""
+    rows = []
+    for model in data.models:
+        found = (data.first(model, "selection") or {}).get("sources", [])
+        layers = [layer for source in found for layer in source["layers"]]
+        if layers:
+            means = {name: statistics.fmean(layer[name] for layer in layers) for name in layers[0]}
+            rows.append(
+                [
+                    model, f"{means['repeated']:.1%}", f"{means['distinct']:.1%}",
+                    f"{means['beyond_window']:.1%}", f"{means['median_distance']:,.0f}",
+                ]
+            )  # fmt: skip
+    header = [
+        "model", "of a list also in the one before", "different blocks of 16 lists in a row",
+        "beyond the window", "median distance, tokens",
+    ]  # fmt: skip
+    return markdown_table(header, rows) if rows else []
+
+
 def _distance(group: dict[str, Any]) -> str:
     name = "never seen" if group["distance"] is None else "{}-{}".format(*group["distance"])
     return f"{name} (n = {group['count']})"
@@ -214,6 +235,7 @@ def page(data: Comparison, pictures: Sequence[str]) -> str:
         "Paired differences, bits per byte": difference_table(data),
         "Cost": cost_table(data),
         "Identifiers copied exactly, by distance in tokens": copying_table(data),
+        "Lists of selected blocks": selection_table(data),
         "Figures": list(pictures),
         "Multiple choice, accuracy (chance)": choice_table(data),
         "Power law": scaling_lines(data),

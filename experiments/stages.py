@@ -167,7 +167,9 @@ class _RunStages:
         yield from self.sweep()
         yield self._train()
         yield self._eval("evaluate", "train", self._workdir(), grid.evaluation)
-        yield self._copying()
+        yield self._script("copying", grid.copying)
+        if is_first and self.model in grid.selecting:
+            yield self._script("selection", grid.selection)
         if is_first and grid.choices:
             files = [f"--multiple_choice={file}" for file in grid.choices]
             yield self._eval("choices", "train", self._workdir(), {"tasks": ""}, files)
@@ -292,15 +294,16 @@ class _RunStages:
             command=lambda: command, collect=collect,
         )  # fmt: skip
 
-    def _copying(self) -> Stage:
+    def _script(self, stage: str, flags: Settings) -> Stage:
+        """A measurement of the trained parameters, by the module of `experiments` of its name."""
         workdir = self._workdir()
-        file = self.output / "runs" / self.name / "copying.json"
+        file = self.output / "runs" / self.name / f"{stage}.json"
         command = [
-            "-m", "experiments.copying", f"--workdir={workdir}", f"--output={file}",
-            *_flags(self.grid.copying),
+            "-m", f"experiments.{stage}", f"--workdir={workdir}", f"--output={file}",
+            *_flags(flags),
         ]  # fmt: skip
         return Stage(
-            run=self.name, name="copying", needs=((self.name, "train"),), checkpoint=workdir,
+            run=self.name, name=stage, needs=((self.name, "train"),), checkpoint=workdir,
             command=lambda: command, collect=lambda _: json.loads(file.read_text()),
         )  # fmt: skip
 

@@ -35,6 +35,8 @@ GRID = Grid(
     ),
     evaluation={"tasks": "perplexity", "lengths": "8192", "perplexity_tokens": 2**21},
     copying={"length": 8192, "windows": 256},
+    selection={"length": 8192, "windows": 16},
+    selecting=("45m/nsa", "45m/asa", "45m/asa_one_query"),
     fine_tuning=Training(
         settings={
             "training.steps": 200,

@@ -31,6 +31,8 @@ GRID = Grid(
     sweep=Training(settings=STEPS | {"training.steps": 2, "training.eval_every_steps": 2}),
     evaluation={"tasks": "perplexity", "lengths": "256", "perplexity_tokens": 2048},
     copying={"length": 1024, "windows": 4},
+    selection={"length": 512, "windows": 2},
+    selecting=("asa",),
     fine_tuning=Training(settings={"training.steps": 2, "training.eval_every_steps": 2}),
     tasks={"tasks": "single_noise", "samples": 20, "min_length": 128, "max_length": 256},
     retrieval={"tasks": "single_noise", "lengths": "128,256", "depths": "0,1", "samples": 2},

@@ -82,6 +82,12 @@ def output(tmp_path: Path) -> Path:
             write_run(tmp_path, model, seed)
     speed = {"device": "1 H100", "tokens_per_second": 1234567.0, "memory_bytes": 2**31}
     write_result(tmp_path, run_name("15m/asa", 0), "speed", speed)
+    layers = [
+        {"repeated": share, "distinct": 0.25, "beyond_window": 0.5, "median_distance": 1500.0}
+        for share in (0.5, 0.75)
+    ]
+    lists = {"sources": [{"source": "code", "layers": layers}]}
+    write_result(tmp_path, run_name("15m/asa", 0), "selection", lists)
     return tmp_path
 
 
@@ -128,6 +134,7 @@ def test_page(output, tmp_path):
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
     assert "-0.0500 ± 0.0010 (lower)" in text
+    assert "| 15m/asa | 62.5% " in text and "| 1,500 " in text
     assert "1,234,567" in text and "Timed on: 1 H100." in text
     assert "- evaluate_long: 15m_asa_s0" in text
     assert "- retrieval: 15m_sliding_s0" in text
