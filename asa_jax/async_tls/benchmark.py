@@ -41,7 +41,7 @@ HEADER = (
     "stalls a step", "transfers alone ms", "hidden", "GiB a row",
 )  # fmt: skip
 # Nearly all of the memory, at once: what grows piece by piece is never given back to others.
-ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.94"}
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_CLIENT_MEM_FRACTION": "0.94"}
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "-m", "asa_jax.decoding.speed", f"--config={MODELS[about['model']]}",
                 *arguments, *options.override,
             ],
-            XLA_PYTHON_CLIENT_MEM_FRACTION=MEMORY_FRACTION,
+            XLA_CLIENT_MEM_FRACTION=MEMORY_FRACTION,
         )
         for about, arguments in started
     ]  # fmt: skip
