@@ -14,22 +14,18 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from asa_jax.sharding import make_mesh
-from asa_jax.training.step import make_trainer
+from asa_jax.training.step import batch_shapes, make_trainer
 
 
 def lower_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """Lowers the training step of a run for a mesh, on shapes alone."""
-    shape = (config.data.batch_size, config.data.sequence_length)
-    names = ("inputs", "targets", "positions", "segment_ids")
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, mesh, np.ones(config.model.vocab_size, np.int32))
-        return trainer.lower(batch)
+        return trainer.lower(batch_shapes(config))
 
 
 def compile_time(config: Config) -> dict[str, float]:

@@ -12,8 +12,8 @@ import jax
 from jax.sharding import AbstractMesh
 
 from asa_jax.config import Config
-from asa_jax.training.plan_share import BATCH, Share, local_config
-from asa_jax.training.step import TrainState
+from asa_jax.training.plan_share import Share, local_config
+from asa_jax.training.step import BATCH, TrainState
 
 
 def memory_by_cause(

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
@@ -21,7 +20,7 @@ from asa_jax.config import Config
 from asa_jax.model.transformer import abstract_model
 from asa_jax.training.plan_fusion import Demand, demand
 from asa_jax.training.plan_program import read_program
-from asa_jax.training.step import make_sums
+from asa_jax.training.step import batch_shapes, make_sums
 from pallas_kernels import dispatch
 
 # Operations of pallas_kernels: their work is counted by formula, since another form runs on a GPU.
@@ -29,7 +28,6 @@ _ATTENTION = re.compile(
     r"(causal_attention|sliding_window_attention|compressed_attention|select_blocks|"
     r"selected_attention)"
 )
-BATCH = ("inputs", "targets", "positions", "segment_ids")
 
 
 class Product(NamedTuple):
@@ -95,7 +93,7 @@ def trace_share(config: Config, mesh: Mapping[str, int]) -> Share:
     local = local_config(config, mesh)
     params = abstract_model(local.model)[1]
     with dispatch.assumed_hopper():
-        gradient = jax.make_jaxpr(jax.grad(_loss(local)))(params, _batch(local))
+        gradient = jax.make_jaxpr(jax.grad(_loss(local)))(params, batch_shapes(local))
     # A gradient is divided like its parameter once it is whole.
     weights = {leaf.shape: 4 * leaf.size / mesh["fsdp"] for leaf in jax.tree.leaves(params)}
     return Share(
@@ -110,11 +108,6 @@ def _loss(config: Config) -> Any:
     lengths = np.ones(config.model.vocab_size, np.int32)
     sums = make_sums(graphdef, lengths, config.training.loss_chunk_tokens)
     return lambda params, batch: sums(params, batch)["nll"]
-
-
-def _batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (config.data.batch_size, config.data.sequence_length)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in BATCH}
 
 
 def _products(jaxpr: Any, times: int) -> Iterator[Product]:

@@ -19,8 +19,8 @@ from asa_jax.sharding import batch_sharding, check_groups, param_shardings
 from asa_jax.training.losses import summed_nll
 from asa_jax.training.optimizer import Schedule, make_optimizer, make_schedule, schedule_factor
 
-# inputs, targets, positions, segment_ids: int32 [B, T] each, tokens in the order of
-# `context_parallel.placement`.
+# int32 [B, T] each, tokens in the order of `context_parallel.placement`.
+BATCH = ("inputs", "targets", "positions", "segment_ids")
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -81,7 +81,7 @@ class Trainer(NamedTuple):
     evaluate: Callable[[Any, Batch], Metrics]
 
     def lower(self, batch: Mapping[str, Any]) -> jax.stages.Lowered:
-        """Lowers the step for batches like this one, which may be shapes alone."""
+        """Lowers the step for batches like this one, which may be `batch_shapes`."""
         return self.step.lower(self.state, batch, self.schedule)  # type: ignore[attr-defined]
 
 
@@ -135,6 +135,12 @@ def make_trainer(config: Config, mesh: Mesh, byte_lengths: np.ndarray) -> Traine
         ),
         evaluate=jax.jit(sums, in_shardings=(shardings.params, batch), out_shardings=one),
     )
+
+
+def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch, to lower or trace a step without one."""
+    shape = (config.data.batch_size, config.data.sequence_length)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in BATCH}
 
 
 def _key_data(seed: int) -> np.ndarray:
