@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from asa_jax.data.tokenizer import BYTES, Tokenizer, load_tokenizer
-from asa_jax.errors import ConfigError, DataError
+from asa_jax.errors import DataError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -251,16 +251,3 @@ def check_file_size(path: Path, expected: int) -> None:
 def token_dtype(vocab_size: int) -> np.dtype:
     """uint16 where every id fits, else uint32, little-endian."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
-
-
-def check_vocabulary(folder: TokenFolder, model_vocab_size: int) -> None:
-    """Checks that a model has a row for every token of a folder.
-
-    Raises:
-        ConfigError: the tokenizer's vocabulary is larger than the model's.
-    """
-    if folder.vocab_size > model_vocab_size:
-        raise ConfigError(
-            f"config.model.vocab_size = {model_vocab_size}: must be at least {folder.vocab_size}, "
-            f"the vocabulary of {folder.path}"
-        )

@@ -213,6 +213,21 @@ def load_tokenizer(path: str | Path, end_of_document: str | None = None) -> Toke
     return JsonTokenizer(source, str(path), end_of_document)
 
 
+def check_vocabulary(vocab_size: int, model_vocab_size: int, whose: str) -> None:
+    """Raises a ConfigError unless a model has a row for each of `vocab_size` tokens.
+
+    Args:
+        vocab_size: of tokens that the model is to read.
+        model_vocab_size: of the model.
+        whose: names what has the tokens.
+    """
+    if vocab_size > model_vocab_size:
+        raise ConfigError(
+            f"config.model.vocab_size = {model_vocab_size}: must be at least {vocab_size}, the "
+            f"vocabulary of {whose}"
+        )
+
+
 class StreamingDecoder:
     """Turns tokens into text as they come, and holds back characters that are not whole yet."""
 

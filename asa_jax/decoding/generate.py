@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from asa_jax.config import Config
-from asa_jax.data.tokenizer import Tokenizer
+from asa_jax.data.tokenizer import Tokenizer, check_vocabulary
 from asa_jax.decoding.continuation import Alternative, Completion, Continuation
 from asa_jax.decoding.rows import STREAM_TOKENS, Progress, Rows
 from asa_jax.decoding.runner import Runner
@@ -19,7 +19,6 @@ from asa_jax.decoding.settings import (
     row_seeds,
 )
 from asa_jax.decoding.steps import Drawn
-from asa_jax.errors import ConfigError
 
 PLAIN = Sampling()
 
@@ -56,11 +55,7 @@ class Generator:
             ConfigError: the tokenizer has more tokens than the model, or chunks are not whole
                 blocks.
         """
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"config.model.vocab_size = {config.model.vocab_size}: must be at least "
-                f"{tokenizer.vocab_size}, the vocabulary of the tokenizer"
-            )
+        check_vocabulary(tokenizer.vocab_size, config.model.vocab_size, "the tokenizer")
         self.config, self.tokenizer = config, tokenizer
         self.runner = runner or Runner(
             config.model, params, tokenizer.vocab_size, mesh, chunk_tokens

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from asa_jax.config import Config
 from asa_jax.context_parallel import place_rows, row_multiple, row_order
-from asa_jax.data.tokenizer import Tokenizer
-from asa_jax.errors import ConfigError, DataError
+from asa_jax.data.tokenizer import Tokenizer, check_vocabulary
+from asa_jax.errors import DataError
 from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import batch_sharding
 from asa_jax.training.losses import token_scores
@@ -62,11 +62,7 @@ class Scorer:
         Raises:
             ConfigError: the tokenizer has more tokens than the model.
         """
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"config.model.vocab_size = {config.model.vocab_size}: must be at least "
-                f"{tokenizer.vocab_size}, the vocabulary of the tokenizer"
-            )
+        check_vocabulary(tokenizer.vocab_size, config.model.vocab_size, "the tokenizer")
         self.tokenizer = tokenizer
         self.on_tokens: Callable[[int], None] = lambda count: None
         self._params, self._mesh = params, mesh

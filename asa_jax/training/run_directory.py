@@ -30,8 +30,8 @@ from absl import flags
 
 from asa_jax.config import Config, config_to_dict
 from asa_jax.data.fingerprint import fingerprint
-from asa_jax.data.shards import TOKENIZER, TokenFolder, check_vocabulary, open_token_folder
-from asa_jax.data.tokenizer import BYTES
+from asa_jax.data.shards import TOKENIZER, TokenFolder, open_token_folder
+from asa_jax.data.tokenizer import BYTES, check_vocabulary
 from asa_jax.errors import CheckpointError, ConfigError
 from asa_jax.flags import parse_run_flags
 from asa_jax.launch import Launch, define_launch_flags, read_launch
@@ -117,7 +117,7 @@ def open_sources(config: Config) -> list[TokenFolder]:
     """
     folders = [open_token_folder(source) for source in config.data.sources]
     for folder in folders:
-        check_vocabulary(folder, config.model.vocab_size)
+        check_vocabulary(folder.vocab_size, config.model.vocab_size, str(folder.path))
         if folder.tokenizer_fingerprint != folders[0].tokenizer_fingerprint:
             raise ConfigError(
                 f"config.data.sources: {folder.path} and {folders[0].path} were made with "

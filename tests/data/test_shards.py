@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asa_jax.data.shards import TokenFolder, check_vocabulary, open_token_folder
+from asa_jax.data.shards import TokenFolder, open_token_folder
+from asa_jax.data.tokenizer import check_vocabulary
 from asa_jax.errors import ConfigError, DataError
 
 TEXTS = ["one document", "and another", "the last"]
@@ -143,6 +144,6 @@ def test_a_swapped_tokenizer_is_refused(tmp_path: Path, write_folder) -> None:
 
 
 def test_the_model_must_have_a_row_for_every_token(folder: TokenFolder) -> None:
-    check_vocabulary(folder, 257)
+    check_vocabulary(folder.vocab_size, 257, "text")
     with pytest.raises(ConfigError, match=r"config\.model\.vocab_size = 256: must be at least 257"):
-        check_vocabulary(folder, 256)
+        check_vocabulary(folder.vocab_size, 256, "text")
