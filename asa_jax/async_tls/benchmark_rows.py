@@ -32,8 +32,9 @@ from asa_jax.async_tls.index import init_index
 from asa_jax.async_tls.model_layers import build_model
 from asa_jax.async_tls.settings import DEFAULTS, DecodingConfig, decoding_config, key_shape
 from asa_jax.config import ModelConfig
+from asa_jax.decoding.cache_bytes import tree_bytes
 from asa_jax.decoding.random_params import random_params
-from asa_jax.decoding.step_bytes import serving_shapes, tree_bytes
+from asa_jax.decoding.step_bytes import serving_shapes
 from asa_jax.model.transformer import abstract_model
 from pallas_kernels.measurement import PROGRESS, describe_error
 

@@ -108,7 +108,7 @@ def cache_report(cfg: ModelConfig, lengths: Sequence[int]) -> list[CacheReport]:
 
 def allocated_bytes(cfg: ModelConfig, batch: int, length: int) -> int:
     """Bytes of all arrays of a cache for `batch` rows of at most `length` tokens."""
-    return sum(map(_nbytes, jax.tree.leaves(cache_shapes(cfg, batch, length))))
+    return tree_bytes(cache_shapes(cfg, batch, length))
 
 
 def cache_shapes(cfg: ModelConfig, batch: int, length: int) -> Any:
@@ -140,7 +140,7 @@ def _measure(cache: Any) -> CacheBytes:
     """Sorts the arrays of a layer's cache by the names of its fields."""
     sizes = dict.fromkeys(CacheBytes._fields, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(cache):
-        sizes[_part([entry.name for entry in path])] += _nbytes(leaf)
+        sizes[_part([entry.name for entry in path])] += tree_bytes(leaf)
     return CacheBytes(**sizes)
 
 
@@ -159,8 +159,9 @@ def _part(fields: list[str]) -> str:
     raise ValueError(f"cache field {'.'.join(fields)} is not known")
 
 
-def _nbytes(leaf: Any) -> int:
-    return leaf.size * leaf.dtype.itemsize
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays, or of arrays of such shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _add(sizes: Iterable[CacheBytes]) -> CacheBytes:

@@ -29,10 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from asa_jax.config import ModelConfig
+from asa_jax.decoding.cache_bytes import tree_bytes
 from asa_jax.decoding.random_params import random_params
 from asa_jax.decoding.runner import make_draws, memory_bytes
 from asa_jax.decoding.settings import CHUNK_TOKENS, Sampling
-from asa_jax.decoding.step_bytes import read_bytes, serving_shapes, tree_bytes, weight_bytes
+from asa_jax.decoding.step_bytes import read_bytes, serving_shapes, weight_bytes
 from asa_jax.decoding.steps import DecodeState, draw_tokens, empty_state, read_chunk
 from pallas_kernels.measurement import describe_error
 

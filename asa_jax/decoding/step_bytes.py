@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from asa_jax.config import ModelConfig
-from asa_jax.decoding.cache_bytes import cache_shapes
+from asa_jax.decoding.cache_bytes import cache_shapes, tree_bytes
 from asa_jax.model.param_layout import matrices_in_compute_dtype
 from asa_jax.model.transformer import abstract_model
 
@@ -68,8 +68,3 @@ def _listed_share(fields: tuple[str, ...], cfg: ModelConfig, context: int) -> fl
         # Each group of latents lists other blocks; all share the rotated keys.
         share *= cfg.num_latent_groups
     return min(1.0, share) if fields in (*_LISTED, ("rope_key",)) else 1.0
-
-
-def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays, or of arrays of such shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

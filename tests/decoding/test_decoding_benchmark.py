@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from asa_jax.decoding import benchmark, benchmark_table, speed
-from asa_jax.decoding.cache_bytes import allocated_bytes
+from asa_jax.decoding.cache_bytes import allocated_bytes, tree_bytes
 from asa_jax.decoding.random_params import random_params
-from asa_jax.decoding.step_bytes import read_bytes, serving_shapes, tree_bytes, weight_bytes
+from asa_jax.decoding.step_bytes import read_bytes, serving_shapes, weight_bytes
 from tests.models import tiny_model_config
 
 KINDS = ("local", "global")
