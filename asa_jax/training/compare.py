@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import platform
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from asa_jax.config import config_from_dict
-from asa_jax.errors import DataError, UserError
+from asa_jax.errors import DataError, exit_on_user_error
 from asa_jax.model.param_layout import shortest_period
 from asa_jax.model.transformer import count_params
 from asa_jax.training.metrics import METRICS, read_metrics
@@ -115,10 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.png")
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_user_error():
         runs = [summarise(run) for run in options.runs]
-    except UserError as error:
-        sys.exit(f"error: {error}")
     show(runs)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

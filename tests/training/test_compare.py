@@ -36,7 +36,8 @@ def test_summary_and_files(tmp_path, capsys):
     assert "1.5000" in capsys.readouterr().out
 
 
-def test_a_folder_without_a_run_is_named(tmp_path):
+def test_a_folder_without_a_run_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         compare.main([str(tmp_path / "none")])
-    assert "none/metrics.jsonl" in str(error.value) and "\n" not in str(error.value)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert error.value.code == 1 and line.startswith("error: ") and "none/metrics.jsonl" in line
