@@ -146,7 +146,7 @@ class Transformer(nnx.Module):
         """
         if self.cfg.scan_layers or not jax.sharding.get_abstract_mesh().empty:
             return
-        for group in [*([] if self.prefix is None else [self.prefix]), *self.groups]:
+        for group in [*self._leading, *self.groups]:
             for layer in group.layers:
                 for module in (layer.attention, layer.mlp):
                     if not isinstance(module, NativeSparseAttention | MixtureOfExperts):
@@ -163,7 +163,7 @@ class Transformer(nnx.Module):
         def of(group: LayerGroup) -> list[Any]:
             return [layer.attention.init_cache(batch, max_length, dtype) for layer in group.layers]
 
-        leading = [] if self.prefix is None else [of(self.prefix)]
+        leading = [of(group) for group in self._leading]
         if not self.cfg.scan_layers:
             return [*leading, *map(of, self.groups)]
         stack = (self.repeats,)
@@ -214,13 +214,17 @@ class Transformer(nnx.Module):
         x, cache = self._run(apply, pad_rows(x, num_rows), cache)
         return self.final_norm(x)[: tokens.size], cache
 
+    @property
+    def _leading(self) -> list[LayerGroup]:
+        """The groups before those that repeat: one, or none."""
+        return [] if self.prefix is None else [self.prefix]
+
     def _run(self, apply: GroupFunction, x: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
         """Applies a function to the layer groups in turn, by scan where they are stacked."""
-        leading = [] if self.prefix is None else [self.prefix]
         if not self.cfg.scan_layers:
             results = []
             shared = _traced_once(apply)
-            for i, group in enumerate([*leading, *self.groups]):
+            for i, group in enumerate([*self._leading, *self.groups]):
                 x, result = shared(*nnx.split(group), x, None if caches is None else caches[i])
                 results.append(result)
             return x, results
@@ -234,7 +238,7 @@ class Transformer(nnx.Module):
         first: Any
         rest: Any
         first, rest = (None, None) if caches is None else (caches[:size], caches[size:])
-        for group in leading:
+        for group in self._leading:
             x, first = apply(group, x, first)
         x, rest = jax.lax.scan(body, x, (params, rest))
         return x, None if first is None else [*first, *rest]
