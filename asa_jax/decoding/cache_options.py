@@ -7,7 +7,8 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
-from asa_jax.config import NSA_BRANCHES, ModelConfig, config_from_dict
+from asa_jax.config import ModelConfig, config_from_dict
+from asa_jax.config_model import NSA_BRANCHES
 from asa_jax.errors import ConfigError
 from asa_jax.flags import parse_optional_config_flag
 from configs import asa_1b, asa_340m

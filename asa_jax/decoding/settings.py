@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from asa_jax.config import MAX_EVALUATION_TOKENS
+from asa_jax.config_evaluation import MAX_EVALUATION_TOKENS
 from asa_jax.errors import ConfigError
 
 MAX_SEED = 2**32 - 1

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from asa_jax.config import LATENT_KINDS, ModelConfig
+from asa_jax.config import ModelConfig
+from asa_jax.config_model import LATENT_KINDS
 from asa_jax.context_parallel import in_row_order
 from asa_jax.errors import ConfigError
 from asa_jax.interop.convert_latent import fit_latent

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import parameterized
 
-from asa_jax.config import LAYER_KINDS
+from asa_jax.config_model import LAYER_KINDS
 from tests.model.layer_cases import NAMES, SPARSE, LayerCase, inputs, layer_case, one_document, run
 
 # One shape for all tests, so that a layer is compiled once. Seven whole blocks and a part of one:
