@@ -45,9 +45,8 @@ from asa_jax.model.cached_attention import (
     write,
     write_if,
 )
-from asa_jax.model.latent_attention import DecoupledQuery
+from asa_jax.model.latent_attention import DecoupledQuery, place
 from asa_jax.model.layers import JoinedProjections, Projection, RMSNorm, join, residual_stddev
-from asa_jax.model.rope import rotate
 from asa_jax.sharding import gather_group, own_groups, sharded, shards_per_group
 from pallas_kernels.compressed_attention import compressed_attention
 from pallas_kernels.select_blocks import select_blocks
@@ -195,20 +194,12 @@ class GroupLatentAttention(nnx.Module):
             return absorbed, *self._compress(x, positions), self._gate(x)
         query, latent, rope_key, gate = self.joined(x)
         absorbed = self._absorb(*self.query.finish(query, positions))
-        return absorbed, *self._place(latent, rope_key, positions), jax.nn.sigmoid(gate)
+        placed = place(self.norm, latent, rope_key, positions, self.cfg)
+        return absorbed, *placed, jax.nn.sigmoid(gate)
 
     def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         rope_key = self.rope_key("BTD,DH->BTH", x)
-        return self._place(self.down("BTD,DKR->BTKR", x), rope_key, positions)
-
-    def _place(
-        self, latent: jax.Array, rope_key: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Normalised latents [B, T, K, R] and rotated keys [B, T, HR]."""
-        if self.norm is not None:
-            latent = self.norm(latent)
-        rope = self.cfg.rope_theta, self.cfg.rope_scaling
-        return latent, rotate(rope_key[:, :, None], positions, *rope)[:, :, 0]
+        return place(self.norm, self.down("BTD,DKR->BTKR", x), rope_key, positions, self.cfg)
 
     def _pool(self, x: jax.Array) -> jax.Array:
         return pool_blocks(x, self.cfg.compression_block_size, self.cfg.compression_stride)

@@ -180,22 +180,13 @@ class LatentAttention(nnx.Module):
         else:
             query, latent, rope_key = self.joined(x)
             nope, rope = self.query.finish(query, positions)
-            compressed = self._place(latent, rope_key, positions)
+            compressed = place(self.norm, latent, rope_key, positions, self.cfg)
         query = jnp.concatenate([self.key_up("BTNH,RNH->BTNR", nope), rope], axis=-1)
         return query, *compressed
 
     def _compress(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         rope_key = self.rope_key("BTD,DH->BTH", x)
-        return self._place(self.down("BTD,DR->BTR", x), rope_key, positions)
-
-    def _place(
-        self, latent: jax.Array, rope_key: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Normalised latents [B, T, R] and rotated keys [B, T, HR]."""
-        if self.norm is not None:
-            latent = self.norm(latent)
-        rope = self.cfg.rope_theta, self.cfg.rope_scaling
-        return latent, rotate(rope_key[:, :, None], positions, *rope)[:, :, 0]
+        return place(self.norm, self.down("BTD,DR->BTR", x), rope_key, positions, self.cfg)
 
     def _attend(
         self,
@@ -287,6 +278,20 @@ class LatentAttention(nnx.Module):
             query_offset=offset, scale=self.scale, implementation=self.cfg.implementation,
         )  # fmt: skip
         return output
+
+
+def place(
+    norm: RMSNorm | None,
+    latent: jax.Array,
+    rope_key: jax.Array,
+    positions: jax.Array,
+    cfg: ModelConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Normalised latents [B, T, ..., R] and rotated keys [B, T, HR]."""
+    if norm is not None:
+        latent = norm(latent)
+    rotated = rotate(rope_key[:, :, None], positions, cfg.rope_theta, cfg.rope_scaling)
+    return latent, rotated[:, :, 0]
 
 
 def _expand(
