@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from asa_jax.errors import UserError
 from asa_jax.flags import PROJECT
+from asa_jax.training.device_memory import VARIABLES
 from asa_jax.training.metrics import read_metrics
 from experiments.results import drop_result, read_result, write_result
 from experiments.stages import Stage
@@ -202,19 +203,19 @@ class Runner:
             process = subprocess.Popen(
                 [sys.executable, *stage.command()],
                 stdin=subprocess.DEVNULL, stdout=said, stderr=complained, cwd=PROJECT,
-                env=self._environment | self._gpu_variables(slot, stage), start_new_session=True,
+                env=self._stage_environment(slot, stage), start_new_session=True,
                 preexec_fn=_end_with_parent,
             )  # fmt: skip
         return Running(stage, process, time.monotonic(), output, errors)
 
-    def _gpu_variables(self, slot: Slot, stage: Stage) -> dict[str, str]:
+    def _stage_environment(self, slot: Slot, stage: Stage) -> dict[str, str]:
         if slot.gpu is None:
-            return {}
+            return self._environment
         sharing = 1 if stage.alone else sum(other.gpu == slot.gpu for other in self._slots)
-        return {
-            "CUDA_VISIBLE_DEVICES": slot.gpu,
-            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE / sharing:.3f}",
-        }
+        # jax refuses both names of the share at once, so none of the user's stays.
+        given = {name: x for name, x in self._environment.items() if name not in VARIABLES}
+        share = f"{MEMORY_SHARE / sharing:.3f}"
+        return given | {"CUDA_VISIBLE_DEVICES": slot.gpu, VARIABLES[0]: share}
 
     def _reap(self) -> None:
         for slot, running in list(self._running.items()):

@@ -27,7 +27,7 @@ signal.signal(signal.SIGTERM, save)
 say("begin")
 time.sleep(seconds)
 say("end")
-print(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))
+print(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("XLA_CLIENT_MEM_FRACTION"))
 """
 
 
