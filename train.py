@@ -163,7 +163,7 @@ def evaluate(trainer: Trainer, params: Any, feed: Feed) -> dict[str, float]:
     sums = [trainer.evaluate(params, batch) for batch in feed.validation()]
     totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
     return {
-        "validation_loss": totals["nll"] / max(totals["tokens"], 1),
+        "validation_loss": totals["nll"] / max(totals["targets"], 1),
         "validation_bits_per_byte": bits_per_byte(totals["nll"], totals["target_bytes"]),
     }
 

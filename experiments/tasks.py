@@ -5,7 +5,8 @@
 
 Samples are of random lengths and depths, and seeded apart from those of the evaluation; their
 filler is `texts/train/emma.txt`, which the evaluation does not use. Lengths are drawn evenly on a
-logarithmic scale: an answer is a larger part of a short sample.
+logarithmic scale. What stands before the first answer is a prompt, which is read and not learnt:
+most of it is filler and random keys, and answers are a hundredth of a long sample.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from asa_jax.data import prepare
 from asa_jax.data.shards import open_token_folder
@@ -26,10 +29,10 @@ FILLER = PROJECT / "texts" / "train" / "emma.txt"
 VALIDATION_SAMPLES = 64
 
 
-def make_texts(
+def make_records(
     tokenizer: Tokenizer, tasks: Sequence[str], numbers: range, lengths: tuple[int, int], seed: int
-) -> Iterator[str]:
-    """Samples of each task in turn, with their answers.
+) -> Iterator[dict[str, str]]:
+    """Samples of each task in turn.
 
     Args:
         tokenizer: lengths are in its tokens.
@@ -39,7 +42,7 @@ def make_texts(
         seed: of all samples.
 
     Returns:
-        Their texts.
+        For each, `prompt` and, from the first answer on, `text`.
 
     Raises:
         ConfigError: a length is too short for a task.
@@ -52,7 +55,9 @@ def make_texts(
         rng = random.Random(f"training {seed} {name} {number}")
         length = round(shortest * (longest / shortest) ** rng.random())
         sample = GENERATED_TASKS[name](rng, haystack, length, rng.random())
-        yield tokenizer.decode(sample.tokens.tolist())
+        parts = np.split(sample.tokens, [sample.answers[0].start])
+        prompt, text = (tokenizer.decode(part.tolist()) for part in parts)
+        yield {"prompt": prompt, "text": text}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -69,12 +74,12 @@ def run(options: argparse.Namespace) -> None:
     splits["validation"] = range(options.samples, options.samples + VALIDATION_SAMPLES)
     files = {name: options.output / f"{name}.jsonl" for name in splits}
     for name, numbers in splits.items():
-        texts = make_texts(tokenizer, tasks, numbers, lengths, options.seed)
-        files[name].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        records = make_records(tokenizer, tasks, numbers, lengths, options.seed)
+        files[name].write_text("".join(json.dumps(record) + "\n" for record in records))
     arguments = [
         "--input", str(files["train"]), "--validation-input", str(files["validation"]),
         "--tokenizer", str(options.tokens / "tokenizer.json"), "--output", str(options.output),
-        "--overwrite",
+        "--prompt-field", "prompt", "--overwrite",
     ]  # fmt: skip
     print(prepare.prepare(prepare.parse(arguments)))
 

@@ -3,12 +3,13 @@
 Documents are cut into pieces of at most `sequence_length` input tokens, pieces are shuffled and
 mixed, and packed into rows so that each starts at a multiple of `alignment`. One piece of input
 tokens x[i : i + n] has the targets x[i + 1 : i + n + 1]: the end of a document is predicted and
-never read. The order of rows is settled before they are divided over processes, so a run can go on
-with another number of them; every process therefore packs the whole global batch and keeps its
-rows.
+never read. Targets in the prompt of a document are not learnt. The order of rows is settled before
+they are divided over processes, so a run can go on with another number of them; every process
+therefore packs the whole global batch and keeps its rows.
 
 A batch is a dict of int32 arrays [B, T] (B rows of this process):
-    inputs, targets   token ids, 0 in padding
+    inputs            token ids, 0 in padding
+    targets           token ids, NOT_LEARNT for those of a prompt, 0 in padding
     segment_ids       1, 2, ... per piece of a row, 0 in padding
     positions         0, 1, ... within a piece, 0 in padding
 """
@@ -24,6 +25,7 @@ from asa_jax.data.shards import OpenShard, TokenFolder
 from asa_jax.errors import ConfigError
 
 Batch = dict[str, np.ndarray]
+NOT_LEARNT = -1
 
 # Rows packed at a time: more waste less padding, but are read again on resume and held in memory.
 _PACKED_ROWS = 32
@@ -36,11 +38,10 @@ class Pieces:
 
     def __init__(self, shards: Sequence[OpenShard], sequence_length: int) -> None:
         self._shards = shards
-        indices = [_cut(shard.offsets, sequence_length) for shard in shards]
-        counts = [len(starts) for starts, _ in indices]
+        indices = [_cut(shard.offsets, shard.text_starts, sequence_length) for shard in shards]
+        counts = [len(starts) for starts, *_ in indices]
         self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
-        self._start = np.concatenate([starts for starts, _ in indices])
-        self.lengths = np.concatenate([lengths for _, lengths in indices])
+        self._start, self.lengths, self._prompt = map(np.concatenate, zip(*indices, strict=True))
 
     def __len__(self) -> int:
         return len(self._start)
@@ -49,18 +50,24 @@ class Pieces:
         """The inputs and targets of a piece, int32 [n, 2]."""
         start, length = int(self._start[index]), int(self.lengths[index])
         tokens = self._shards[self._shard[index]].read(start, length + 1)
-        return {"tokens": np.stack([tokens[:-1], tokens[1:]], axis=1)}
+        pairs = np.stack([tokens[:-1], tokens[1:]], axis=1)
+        pairs[: self._prompt[index], 1] = NOT_LEARNT
+        return {"tokens": pairs}
 
 
-def _cut(offsets: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+def _cut(
+    offsets: np.ndarray, text_starts: np.ndarray, sequence_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cuts documents into pieces.
 
     Args:
         offsets: int64 [documents + 1].
+        text_starts: int64 [documents].
         sequence_length: most input tokens a piece.
 
     Returns:
-        int64 starts and int32 lengths (input tokens) of the pieces, in order.
+        int64 starts, int32 lengths (input tokens) and int32 numbers of first targets that are of
+        the prompt, of the pieces in order.
     """
     inputs = np.diff(offsets) - 1  # the last token is a target alone
     pieces = -(-inputs // sequence_length)
@@ -68,7 +75,8 @@ def _cut(offsets: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndar
     skip = (np.arange(pieces.sum()) - np.repeat(first, pieces)) * sequence_length
     starts = np.repeat(offsets[:-1], pieces) + skip
     lengths = np.minimum(np.repeat(inputs, pieces) - skip, sequence_length)
-    return starts, lengths.astype(np.int32)
+    prompts = np.clip(np.repeat(text_starts, pieces) - (starts + 1), 0, lengths)
+    return starts, lengths.astype(np.int32), prompts.astype(np.int32)
 
 
 def _rows(

@@ -75,6 +75,7 @@ def _request(options: argparse.Namespace, tokenizer: Tokenizer) -> Request:
     return Request(
         files=[[*file, split] for file, split in splits.items()],
         text_field=options.text_field,
+        prompt_field=options.prompt_field,
         validation_fraction=options.validation_fraction,
         shard_tokens=options.shard_tokens,
         tokenizer_fingerprint=tokenizer.fingerprint,
@@ -200,6 +201,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="share of documents, without --validation-input (default 0.01)",
     )
     parser.add_argument("--text-field", default="text", help="of JSONL and Parquet records")
+    parser.add_argument("--prompt-field", help="of what is read before the text and not learnt")
     parser.add_argument("--end-of-document", help="token that ends a document, if unusual")
     parser.add_argument(
         "--shard-tokens",

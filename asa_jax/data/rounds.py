@@ -34,6 +34,7 @@ class Request:
         files: [name, bytes, version, split], the first three as in `sources.InputFile`; split is
             'train', 'validation' or 'hash'.
         text_field: field with the text in JSONL and Parquet records.
+        prompt_field: field with what is read before it and not learnt; None: there is none.
         validation_fraction: share of the documents of 'hash' files that go to validation.
         shard_tokens: a round ends at this many tokens.
         tokenizer_fingerprint: sha256 of the tokenizer, or 'bytes'.
@@ -42,6 +43,7 @@ class Request:
 
     files: list[list[Any]]
     text_field: str
+    prompt_field: str | None
     validation_fraction: float
     shard_tokens: int
     tokenizer_fingerprint: str
@@ -69,6 +71,7 @@ class _Item(NamedTuple):
     """A document on its way; `file` and `record` are where the one after it is."""
 
     split: str
+    prompt: str
     text: str
     text_bytes: int
     file: int
@@ -96,10 +99,11 @@ def write_rounds(output: Path, request: Request, state: State, tokenizer: Tokeni
         _Round(output, request, state, tokenizer) as current,
     ):
         for batch in _batches(_documents(request, state)):
-            encoded = tokenizer.encode_batch([item.text for item in batch])
-            for item, ids in zip(batch, encoded, strict=True):
-                current.add(item, ids)
-                tokens += len(ids) + 1
+            prompts = tokenizer.encode_batch([item.prompt for item in batch])
+            texts = tokenizer.encode_batch([item.text for item in batch])
+            for item, prompt, text in zip(batch, prompts, texts, strict=True):
+                current.add(item, prompt, text)
+                tokens += len(prompt) + len(text) + 1
                 if current.tokens >= request.shard_tokens:
                     current.commit()
             report(batch[-1].done_bytes, tokens)
@@ -110,13 +114,15 @@ def _documents(request: Request, state: State) -> Iterator[_Item]:
     done_bytes = 0
     first_file, first_record = state.file, state.record
     for index, (path, size, _, file_split) in enumerate(request.files):
-        documents = read_documents(path, request.text_field) if index >= first_file else ()
+        fields = request.text_field, request.prompt_field
+        documents = read_documents(path, *fields) if index >= first_file else ()
         for record, document in enumerate(documents):
             if index > first_file or record >= first_record:
-                content = document.text.encode()
+                prompt, text = document.prompt, document.text
+                content = (prompt + text).encode()
                 split = _split(content, request) if file_split == "hash" else file_split
                 done = done_bytes + document.bytes_read
-                yield _Item(split, document.text, len(content), index, record + 1, done)
+                yield _Item(split, prompt, text, len(content), index, record + 1, done)
         done_bytes += size
 
 
@@ -131,7 +137,7 @@ def _batches(items: Iterator[_Item]) -> Iterator[list[_Item]]:
     characters = 0
     for item in items:
         batch.append(item)
-        characters += len(item.text)
+        characters += len(item.prompt) + len(item.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -158,14 +164,14 @@ class _Round(contextlib.AbstractContextManager["_Round"]):
     def tokens(self) -> int:
         return sum(writer.tokens for writer in self._writers.values())
 
-    def add(self, item: _Item, ids: np.ndarray) -> None:
+    def add(self, item: _Item, prompt: np.ndarray, text: np.ndarray) -> None:
         self._next.file, self._next.record = item.file, item.record
-        if len(ids) == 0 or not item.text.strip():
+        if len(text) == 0 or not item.text.strip():
             self._next.skipped += 1
             return
         if item.split not in self._writers:
             self._writers[item.split] = self._open(item.split)
-        self._writers[item.split].append(ids, item.text_bytes)
+        self._writers[item.split].append(prompt, text, item.text_bytes)
 
     def _open(self, split: str) -> ShardWriter:
         number = sum(shard["name"].startswith(split) for shard in self._state.shards)

@@ -75,17 +75,19 @@ class ShardWriter:
         self._end = np.array([end_of_document_id], dtype).tobytes()
         self._text_bytes = 0
         self._offsets = array.array("q", [0])
+        self._text_starts = array.array("q")
         self._sha256 = hashlib.sha256()
         self._path = folder / f"{name}.bin"
         self._file = open(_partial(self._path), "wb")  # noqa: SIM115 - closed by commit or discard
 
-    def append(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Adds one document and its end."""
-        content = ids.astype(self._dtype).tobytes() + self._end
+    def append(self, prompt: np.ndarray, text: np.ndarray, text_bytes: int) -> None:
+        """Adds one document, a prompt and a text of `text_bytes` together, and its end."""
+        content = np.concatenate([prompt, text]).astype(self._dtype).tobytes() + self._end
         self._file.write(content)
         self._sha256.update(content)
         self._text_bytes += text_bytes
-        self.tokens += len(ids) + 1
+        self._text_starts.append(self.tokens + len(prompt))
+        self.tokens += len(prompt) + len(text) + 1
         self._offsets.append(self.tokens)
 
     def commit(self) -> Shard:
@@ -93,8 +95,11 @@ class ShardWriter:
         with self._file:
             _publish(self._file, self._path)
         path = self._folder / f"{self._name}.offsets.npy"
+        offsets = np.frombuffer(self._offsets, np.int64)
+        if self._text_starts != self._offsets[:-1]:
+            offsets = np.stack([offsets, [*self._text_starts, self.tokens]])
         with whole_file(path) as file:
-            np.save(file, np.frombuffer(self._offsets, np.int64), allow_pickle=False)
+            np.save(file, offsets, allow_pickle=False)
         return Shard(
             name=self._name,
             tokens=self.tokens,

@@ -4,7 +4,9 @@
     tokenizer.json                 copy of the tokenizer, unless it is 'bytes'
     train-00000.bin                uint16 or uint32 little-endian token ids; the end-of-document
                                    token ends every document
-    train-00000.offsets.npy        int64 [documents + 1], where each document starts, then the end
+    train-00000.offsets.npy        int64 [documents + 1], where each document starts, then the end;
+                                   if some have a prompt, which is read and not learnt, int64
+                                   [2, documents + 1]: where each starts, and where its text does
     validation-00000.bin, ...
 
 Shards are memory-mapped. Sizes and offsets are checked when a folder is opened; token ids and the
@@ -98,7 +100,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class OpenShard:
-    """A memory-mapped shard; `read` checks what it gives."""
+    """A memory-mapped shard; `read` checks what it gives.
+
+    Attributes:
+        shard: its record.
+        path: of the tokens.
+        offsets: int64 [documents + 1], where each document starts, then the end.
+        text_starts: int64 [documents], where the text of each starts, behind its prompt.
+    """
 
     def __init__(self, folder: Path, shard: Shard, dtype: np.dtype, vocab_size: int) -> None:
         """Maps the tokens and loads the offsets.
@@ -113,7 +122,7 @@ class OpenShard:
         check_file_size(self.path, self._bytes)
         # A plain array over the mapping: slices of the memmap class cost more than small reads.
         self._tokens = np.asarray(np.memmap(self.path, dtype, mode="r", shape=(shard.tokens,)))
-        self.offsets = _load_offsets(folder / shard.offsets_file, shard)
+        self.offsets, self.text_starts = _load_offsets(folder / shard.offsets_file, shard)
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Token ids start .. start + length - 1, int32 [length].
@@ -133,15 +142,22 @@ class OpenShard:
         return tokens.astype(np.int32)
 
 
-def _load_offsets(path: Path, shard: Shard) -> np.ndarray:
+def _load_offsets(path: Path, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
     try:
-        offsets = np.load(path, allow_pickle=False)
+        rows = np.atleast_2d(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({error}); prepare it again") from None
-    whole = offsets.dtype == np.int64 and offsets.shape == (shard.documents + 1,)
-    if not whole or offsets[0] != 0 or offsets[-1] != shard.tokens or np.any(np.diff(offsets) < 2):
-        raise DataError(f"{path}: not the starts of {shard.documents} documents; prepare it again")
-    return offsets
+    documents = shard.documents
+    whole = rows.dtype == np.int64 and rows.shape in ((1, documents + 1), (2, documents + 1))
+    if not whole or not _are_starts(rows[0], rows[-1, :-1], shard.tokens):
+        raise DataError(f"{path}: not the starts of {documents} documents; prepare it again")
+    return rows[0], rows[-1, :-1]
+
+
+def _are_starts(offsets: np.ndarray, text_starts: np.ndarray, tokens: int) -> bool:
+    # A text has a token at least, and the end of the document comes after it.
+    whole = offsets[0] == 0 and offsets[-1] == tokens
+    return whole and bool(np.all((text_starts >= offsets[:-1]) & (text_starts <= offsets[1:] - 2)))
 
 
 @dataclasses.dataclass(frozen=True)

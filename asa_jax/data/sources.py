@@ -4,6 +4,7 @@ import contextlib
 import glob
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,17 @@ _READ_BYTES = 2**20
 
 
 class Document(NamedTuple):
-    """One document and how many bytes of its file are read with it."""
+    """One document.
+
+    Attributes:
+        text: of it.
+        bytes_read: how many bytes of its file are read with it.
+        prompt: what stands before the text.
+    """
 
     text: str
     bytes_read: int
+    prompt: str = ""
 
 
 class InputFile(NamedTuple):
@@ -79,17 +87,23 @@ def _check_suffixes(names: Sequence[str]) -> None:
             raise DataError(f"{name}: unknown kind of file, expected {', '.join(SUFFIXES)}")
 
 
-def read_documents(path: str | Path, text_field: str) -> Iterator[Document]:
+def read_documents(
+    path: str | Path, text_field: str, prompt_field: str | None = None
+) -> Iterator[Document]:
     """Reads one file: a .txt is one document, the others hold one a record.
 
     Args:
         path: file to read, or its hf:// name.
         text_field: name of the field or column with the text.
+        prompt_field: name of that with the prompt; None: there are none.
 
     Raises:
         DataError: it cannot be read; names the file and the byte, line or row.
     """
     name = str(path)
+    fields = [text_field] if prompt_field is None else [text_field, prompt_field]
+    if prompt_field is not None and name.endswith(".txt"):
+        raise DataError(f"{name}: a .txt has no field {prompt_field!r}; give prompts as .jsonl")
     on_hub = is_hub_name(name)
     try:
         with (
@@ -99,9 +113,9 @@ def read_documents(path: str | Path, text_field: str) -> Iterator[Document]:
             if name.endswith(".txt"):
                 yield _read_text(file, name)
             elif name.endswith(".parquet"):
-                yield from _read_parquet(file, name, text_field)
+                yield from _read_parquet(file, name, fields)
             else:
-                yield from _read_jsonl(file, name, text_field)
+                yield from _read_jsonl(file, name, fields)
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise DataError(f"{name}: cannot be read ({error})") from None
 
@@ -121,14 +135,15 @@ def _decode(content: bytes, where: str, offset: int) -> str:
         ) from None
 
 
-def _read_jsonl(file: BinaryIO, name: str, text_field: str) -> Iterator[Document]:
+def _read_jsonl(file: BinaryIO, name: str, fields: Sequence[str]) -> Iterator[Document]:
     offset = 0
     for number, line in enumerate(_decompressed(file, name), start=1):
         where = f"{name}:{number}"
-        text = _decode(line, where, offset)
+        content = _decode(line, where, offset)
         offset += len(line)
-        if text.strip():
-            yield Document(_json_text(text, where, text_field), file.tell())
+        if content.strip():
+            text, *prompt = _json_texts(content, where, fields)
+            yield Document(text, file.tell(), *prompt)
 
 
 def _decompressed(file: BinaryIO, name: str) -> Any:
@@ -139,7 +154,7 @@ def _decompressed(file: BinaryIO, name: str) -> Any:
     return file
 
 
-def _json_text(line: str, where: str, text_field: str) -> str:
+def _json_texts(line: str, where: str, fields: Sequence[str]) -> list[str]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -147,53 +162,56 @@ def _json_text(line: str, where: str, text_field: str) -> str:
         raise DataError(f"{where}: broken JSON ({reason})") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    if text_field not in record:
-        raise DataError(f"{where}: {_missing_field(text_field, list(record))}")
-    return _checked_text(record[text_field], where, text_field)
+    _check_fields(fields, list(record), where)
+    return [_checked_text(record[field], where, field) for field in fields]
 
 
-def _missing_field(text_field: str, present: Sequence[str]) -> str:
-    names = ", ".join(present[:8]) or "nothing"
-    return f"no field {text_field!r} (it has {names}); name the text with --text-field"
+def _check_fields(fields: Sequence[str], present: Sequence[str], where: str) -> None:
+    for field, flag in zip(fields, ("--text-field", "--prompt-field"), strict=False):
+        if field not in present:
+            names = ", ".join(present[:8]) or "nothing"
+            raise DataError(f"{where}: no field {field!r} (it has {names}); name it with {flag}")
 
 
-def _checked_text(value: object, where: str, text_field: str) -> str:
+def _checked_text(value: object, where: str, field: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{where}: field {text_field!r} is {type(value).__name__}, not text")
+        raise DataError(f"{where}: field {field!r} is {type(value).__name__}, not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
         raise DataError(
-            f"{where}: field {text_field!r} holds half a surrogate pair at character {error.start}"
+            f"{where}: field {field!r} holds half a surrogate pair at character {error.start}"
         ) from None
     return value
 
 
-def _read_parquet(file: BinaryIO, name: str, text_field: str) -> Iterator[Document]:
+def _read_parquet(file: BinaryIO, name: str, fields: Sequence[str]) -> Iterator[Document]:
     size = file.seek(0, io.SEEK_END)
     with pa.parquet.ParquetFile(file) as table:
-        if text_field not in table.schema_arrow.names:
-            raise DataError(f"{name}: {_missing_field(text_field, table.schema_arrow.names)}")
+        _check_fields(fields, table.schema_arrow.names, name)
         rows = max(1, table.metadata.num_rows)
-        for row, scalar in enumerate(_parquet_values(table, text_field), start=1):
+        for row, scalars in enumerate(_parquet_values(table, fields), start=1):
             where = f"{name} row {row}"
-            yield Document(_parquet_text(scalar, where, text_field), size * row // rows)
+            text, *prompt = map(_parquet_text, scalars, itertools.repeat(where), fields)
+            yield Document(text, size * row // rows, *prompt)
 
 
-def _parquet_text(scalar: pa.Scalar, where: str, text_field: str) -> str:
+def _parquet_text(scalar: pa.Scalar, where: str, field: str) -> str:
     try:
         value = scalar.as_py()
     except UnicodeDecodeError as error:  # Parquet's text is not checked when it is written
         raise DataError(
             f"{where}: invalid UTF-8 at byte {error.start}; convert the text to UTF-8"
         ) from None
-    return _checked_text(value, where, text_field)
+    return _checked_text(value, where, field)
 
 
-def _parquet_values(table: pa.parquet.ParquetFile, column: str) -> Iterator[pa.Scalar]:
-    # Row group by row group: no more than one of them, of one column, is in memory.
+def _parquet_values(
+    table: pa.parquet.ParquetFile, columns: Sequence[str]
+) -> Iterator[tuple[pa.Scalar, ...]]:
+    # Row group by row group: no more than one of them, of these columns, is in memory.
     for group in range(table.num_row_groups):
-        for batch in table.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[column]):
-            yield from batch.column(0)
+        for batch in table.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=columns):
+            yield from zip(*map(batch.column, columns), strict=True)

@@ -167,7 +167,7 @@ class RunLog:
             )
 
     def _derived(self, values: Mapping[str, float], seconds: float) -> dict[str, float | None]:
-        rate, nll = values["tokens"] / seconds, values["loss"] * values["tokens"]
+        rate, nll = values["tokens"] / seconds, values["loss"] * values["targets"]
         memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         return {
             "bits_per_byte": bits_per_byte(nll, values["target_bytes"]),

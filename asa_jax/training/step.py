@@ -68,9 +68,10 @@ class Trainer(NamedTuple):
         schedule: of the learning rate, for `step`.
         init: makes the state of step 0.
         step: maps a state, which it consumes, a batch and a schedule to the next state and metrics:
-            scalars loss, grad_norm, grad_norm_average, learning_rate, tokens, target_bytes,
-            skipped_steps, skipped_in_a_row.
-        evaluate: maps parameters and a batch to sums: nll, tokens, target_bytes.
+            scalars loss, grad_norm, grad_norm_average, learning_rate, tokens, targets,
+            target_bytes, skipped_steps, skipped_in_a_row.
+        evaluate: maps parameters and a batch to sums: nll (nats), tokens (that are read), targets
+            (that count), target_bytes.
     """
 
     mesh: Mesh
@@ -151,15 +152,16 @@ def _key_data(seed: int) -> np.ndarray:
 def make_sums(
     graphdef: Any, byte_lengths: np.ndarray, chunk_tokens: int
 ) -> Callable[[Any, Batch], Metrics]:
-    """Returns the function from parameters and a batch to its nll (nats), tokens, target_bytes."""
+    """Returns the function from parameters and a batch to what `Trainer.evaluate` gives."""
 
     def sums(params: Any, batch: Batch) -> Metrics:
         model = nnx.merge(graphdef, params)
         hidden = model(batch["inputs"], batch["positions"], batch["segment_ids"])
-        targets, counted = batch["targets"], batch["segment_ids"] > 0
+        targets, counted = jnp.maximum(batch["targets"], 0), _learnt(batch)
         return {
             "nll": summed_nll(hidden, model.unembedding(), targets, counted, chunk_tokens),
-            "tokens": jnp.sum(counted),
+            "tokens": jnp.sum(batch["segment_ids"] > 0),
+            "targets": jnp.sum(counted),
             "target_bytes": jnp.sum(jnp.asarray(byte_lengths)[targets], where=counted),
         }
 
@@ -169,7 +171,7 @@ def make_sums(
 def make_step(
     sums: Callable[[Any, Batch], Metrics], axes: Any, config: Config, parts: int
 ) -> Callable[[TrainState, Batch, Schedule], tuple[TrainState, Metrics]]:
-    """Returns the training step: one update by the mean nll of the batch's tokens, in equal parts.
+    """Returns the training step: one update by the mean nll of the batch's targets, in equal parts.
 
     A loss or gradient that is not finite, or a gradient norm `spike_factor` times its average,
     leaves parameters and optimizer state as they are. That is decided before clipping, which would
@@ -205,6 +207,7 @@ def make_step(
             "grad_norm_average": state.grad_norm_average,
             "learning_rate": learning_rate,
             "tokens": totals["tokens"],
+            "targets": totals["targets"],
             "target_bytes": totals["target_bytes"],
         }
         state = TrainState(
@@ -224,16 +227,21 @@ def make_step(
 def _differentiate(
     sums: Callable[[Any, Batch], Metrics], params: Any, batch: Batch, parts: int
 ) -> tuple[jax.Array, Any, Metrics]:
-    """The mean nll of the batch's tokens, its gradients and the sums, in equal parts."""
+    """The mean nll of the batch's targets, its gradients and the sums, in equal parts."""
     # Of all parts, so that their losses and gradients add up to those of the whole batch.
-    tokens = jnp.maximum(jnp.sum(batch["segment_ids"] > 0), 1)
+    targets = jnp.maximum(jnp.sum(_learnt(batch)), 1)
 
     def mean_nll(params: Any, part: Batch) -> tuple[jax.Array, Metrics]:
         totals = sums(params, part)
-        return totals["nll"] / tokens, totals
+        return totals["nll"] / targets, totals
 
     gradients, totals = _accumulate(jax.grad(mean_nll, has_aux=True), params, batch, parts)
-    return totals["nll"] / tokens, gradients, totals
+    return totals["nll"] / targets, gradients, totals
+
+
+def _learnt(batch: Batch) -> jax.Array:
+    """Where the targets are that count: neither in padding nor in a prompt."""
+    return (batch["segment_ids"] > 0) & (batch["targets"] >= 0)
 
 
 def _is_spike(norm: jax.Array, average: jax.Array, updates: jax.Array, factor: float) -> jax.Array:

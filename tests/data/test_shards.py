@@ -80,6 +80,14 @@ def test_wrong_offsets_are_refused(folder: TokenFolder, offsets: list[int]) -> N
         folder.split("train")
 
 
+@pytest.mark.parametrize("starts", [[0, 13, 33, 34], [0, 12, 25, 34], [3, 13, 24, 34]])
+def test_wrong_starts_of_texts_are_refused(folder: TokenFolder, starts: list[int]) -> None:
+    rows = np.array([[0, 13, 25, 34], starts], np.int64)
+    np.save(folder.path / "train-00000.offsets.npy", rows)
+    with pytest.raises(DataError, match=r"offsets\.npy: not the starts of 3 documents"):
+        folder.split("train")
+
+
 def test_offsets_are_never_unpickled(folder: TokenFolder) -> None:
     np.save(folder.path / "train-00000.offsets.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(DataError, match=r"offsets\.npy: cannot be read"):

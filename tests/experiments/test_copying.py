@@ -80,21 +80,24 @@ def test_tasks_become_a_token_folder(tokens, tmp_path):
     tasks.main(arguments)
     folder = open_token_folder(tmp_path)
     assert (folder.total("train", "documents"), folder.total("validation", "documents")) == (6, 64)
-    texts = [json.loads(line)["text"] for line in (tmp_path / "train.jsonl").open()]
-    assert sum("Remember this: the number of the" in text for text in texts) == 3
+    records = [json.loads(line) for line in (tmp_path / "train.jsonl").open()]
+    needles = [r for r in records if "Remember this: the number of the" in r["prompt"]]
+    assert len(needles) == 3 and all(len(r["text"]) == 8 for r in needles)
     # The same tokens as in the evaluation: pieces of text are joined where no token crosses.
-    sizes = np.diff(folder.split("train")[0].offsets) - 1
+    (shard,) = folder.split("train")
+    sizes = np.diff(shard.offsets) - 1
     assert np.all((sizes >= 240) & (sizes <= 520))
+    assert np.all(shard.text_starts - shard.offsets[:-1] > 200)
 
 
 def test_tasks_are_not_those_of_the_evaluation():
     tokenizer = load_tokenizer(PROJECT / "texts" / "tokenizer.json")
     first, second = (
-        list(tasks.make_texts(tokenizer, ["single_noise"], range(2), (128, 128), seed))
+        list(tasks.make_records(tokenizer, ["single_noise"], range(2), (128, 128), seed))
         for seed in (0, 1)
     )
     assert first != second
-    again = list(tasks.make_texts(tokenizer, ["single_noise"], range(1, 2), (128, 128), 0))
+    again = list(tasks.make_records(tokenizer, ["single_noise"], range(1, 2), (128, 128), 0))
     assert again == first[1:]
 
 

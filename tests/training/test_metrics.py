@@ -28,6 +28,7 @@ def _metrics(loss=2.0, in_a_row=0, grad_norm=1.0):
         "grad_norm_average": jnp.float32(1),
         "learning_rate": jnp.float32(0.1),
         "tokens": jnp.int32(100),
+        "targets": jnp.int32(100),
         "target_bytes": jnp.int32(400),
         "skipped_steps": jnp.int32(in_a_row),
         "skipped_in_a_row": jnp.int32(in_a_row),

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from asa_jax.data.pipeline import NOT_LEARNT
+from asa_jax.model.transformer import Transformer
 from asa_jax.training.optimizer import make_optimizer, make_schedule
-from asa_jax.training.step import SPIKE_FIRST_STEPS, TrainState, make_step
+from asa_jax.training.step import SPIKE_FIRST_STEPS, TrainState, make_step, make_sums
 
 AXES = {"w": ("embed", "mlp"), "b": ("activation",)}
 FEATURES, ROWS, LENGTH = 4, 8, 6
@@ -19,10 +22,12 @@ def _sums(params, batch):
     """A regression in the place of the model: 'nll' is a squared error a token."""
     x = batch["inputs"][..., None] * jnp.arange(1.0, FEATURES + 1)
     error = jnp.sum(jnp.tanh(x @ params["w"]) + params["b"], axis=-1) - batch["targets"]
-    counted = batch["segment_ids"] > 0
+    read = batch["segment_ids"] > 0
+    counted = read & (batch["targets"] >= 0)
     return {
         "nll": jnp.sum(error**2, where=counted),
-        "tokens": jnp.sum(counted),
+        "tokens": jnp.sum(read),
+        "targets": jnp.sum(counted),
         "target_bytes": 2 * jnp.sum(counted),
     }
 
@@ -35,11 +40,11 @@ def _sqrt_sums(params, batch):
 
 def _batch(seed=0):
     rng = np.random.default_rng(seed)
-    # Rows of different numbers of tokens.
+    # Rows of different numbers of tokens, some of which count.
     segment_ids = np.arange(LENGTH)[None] < rng.integers(0, LENGTH + 1, (ROWS, 1))
     return {
         "inputs": rng.normal(size=(ROWS, LENGTH)).astype("float32"),
-        "targets": rng.normal(size=(ROWS, LENGTH)).astype("float32"),
+        "targets": rng.normal(1.0, size=(ROWS, LENGTH)).astype("float32"),
         "segment_ids": segment_ids.astype("int32"),
     }
 
@@ -87,29 +92,35 @@ def test_metrics(make_config):
     expected = jax.tree.map(float, _sums(state.params, batch))
 
     def mean(params):
-        return _sums(params, batch)["nll"] / expected["tokens"]
+        return _sums(params, batch)["nll"] / expected["targets"]
 
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(mean)(state.params))))
     after, metrics = step(state, batch)
-    np.testing.assert_allclose(metrics["loss"], expected["nll"] / expected["tokens"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], expected["nll"] / expected["targets"], rtol=1e-6)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     np.testing.assert_allclose(metrics["learning_rate"], config.optimizer.learning_rate / 2)
     assert metrics["tokens"] == expected["tokens"] == np.sum(batch["segment_ids"])
-    assert metrics["target_bytes"] == 2 * expected["tokens"]
+    assert metrics["target_bytes"] == 2 * metrics["targets"] == 2 * expected["targets"]
+    assert 0 < expected["targets"] < expected["tokens"]
     assert after.step == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "bad", "parts"), [("adamw", np.nan, 1), ("adamw", np.inf, 2), ("muon", np.nan, 2)]
+    ("name", "array", "bad", "parts"),
+    [
+        ("adamw", "inputs", np.nan, 1),
+        ("adamw", "targets", np.inf, 2),
+        ("muon", "inputs", np.nan, 2),
+    ],
 )
 def test_a_loss_that_is_not_finite_changes_no_parameter_and_no_moment(
-    make_config, name, bad, parts
+    make_config, name, array, bad, parts
 ):
     step, state, _ = _make(make_config, name=name, accumulation_steps=parts)
     state, _ = step(state, _batch(0))
     poisoned = _batch(1)
-    row, column = np.argwhere(poisoned["segment_ids"])[0]
-    poisoned["targets"][row, column] = bad
+    row, column = np.argwhere((poisoned["segment_ids"] > 0) & (poisoned["targets"] >= 0))[0]
+    poisoned[array][row, column] = bad
     for count in (1, 2, 3):
         after, metrics = step(state, poisoned)
         chex.assert_trees_all_equal(
@@ -178,3 +189,29 @@ def test_steps_and_schedules_share_one_trace(make_config):
         state, metrics = step(state, _batch(seed), make_schedule(changed, steps))
         rates.append(float(metrics["learning_rate"]))
     assert rates[1] < rates[0] <= 1e-3 < rates[2] < 2e-3
+
+
+def test_targets_of_prompts_are_read_and_do_not_count(make_config):
+    """All sums of a batch are those of its targets one by one."""
+    config = make_config(**{"data.batch_size": 2})
+    shape = (2, config.data.sequence_length)
+    rng = np.random.default_rng(0)
+    graphdef, params = nnx.split(Transformer(config.model, rngs=nnx.Rngs(0)))
+    lengths = rng.integers(1, 5, config.model.vocab_size)
+    sums = jax.jit(make_sums(graphdef, lengths, config.training.loss_chunk_tokens))
+    tokens = rng.integers(0, config.model.vocab_size, (2, *shape)).astype("int32")
+    inputs, targets = tokens
+    batch = {
+        "inputs": inputs,
+        "segment_ids": np.ones(shape, "int32"),
+        "positions": np.arange(shape[1], dtype="int32") + np.zeros(shape, "int32"),
+    }
+    learnt = rng.random(shape) < 0.4
+    parts = [
+        sums(params, batch | {"targets": np.where(where, targets, NOT_LEARNT)})
+        for where in (learnt, ~learnt)
+    ]
+    whole = sums(params, batch | {"targets": targets})
+    for name in ("nll", "targets", "target_bytes"):
+        np.testing.assert_allclose(parts[0][name] + parts[1][name], whole[name], rtol=1e-6)
+    assert parts[0]["tokens"] == whole["tokens"] and parts[0]["targets"] == learnt.sum()
