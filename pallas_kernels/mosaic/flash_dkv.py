@@ -242,9 +242,8 @@ def flash_dkv(
                 release(number)
                 return sums
 
-            num_seen = (
-                end - own_begin
-            )  # tiles of a head, its last ones, that see the warpgroup's keys
+            # Tiles of a head that see the warpgroup's keys; they are its last ones.
+            num_seen = end - own_begin
 
             def walk_back(step, number, carry, num_done):
                 """Walks the tiles of a head but the last `num_done`; `number` is of the first."""

@@ -107,27 +107,22 @@ def flash_dq(
         def _fetch():
             plgpu.set_max_registers(key_walk.FETCH_REGISTERS, action="decrease")
 
-            def fetch_item(n, count):
-                head, keys = item(n)
-                batch_id = keys.batch_id
-                for w in range(warpgroups):
-                    pl.when(n > 0)(lambda w=w: plgpu.barrier_wait(read_bar.at[w]))
-                    rows = pl.ds(keys.first_token(w), tiles.ROWS)
-                    copies = [
-                        (q_ref.at[batch_id, rows, head], q_s.at[w]),
-                        *([] if is_wide else [(o_ref.at[batch_id, rows, head], o_s.at[w])]),
-                        (do_ref.at[batch_id, rows, head], do_s.at[w]),
-                        (lse_ref.at[batch_id, head, rows], lse_s.at[w]),
-                        (dlse_ref.at[batch_id, head, rows], dlse_s.at[w]),
-                    ]
-                    if packed:
-                        copies.append((documents.start.at[batch_id, rows], start_s.at[w]))
-                    key_walk.copy_all(copies, token_bar.at[w])
-                rings = [key_ring] if shared else [key_ring, value_ring]
-                kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
-                return keys.fetch(rings, kv_head, count)
+            def own_copies(keys, head, w):
+                batch_id, rows = keys.batch_id, pl.ds(keys.first_token(w), tiles.ROWS)
+                copies = [
+                    (q_ref.at[batch_id, rows, head], q_s.at[w]),
+                    *([] if is_wide else [(o_ref.at[batch_id, rows, head], o_s.at[w])]),
+                    (do_ref.at[batch_id, rows, head], do_s.at[w]),
+                    (lse_ref.at[batch_id, head, rows], lse_s.at[w]),
+                    (dlse_ref.at[batch_id, head, rows], dlse_s.at[w]),
+                ]
+                if packed:
+                    copies.append((documents.start.at[batch_id, rows], start_s.at[w]))
+                return copies
 
-            lax.fori_loop(0, num_own, fetch_item, jnp.int32(0))
+            rings = [key_ring] if shared else [key_ring, value_ring]
+            group = num_heads // num_kv_heads
+            key_walk.fetch_items(num_own, item, own_copies, rings, group, token_bar, read_bar)
 
         @pl.when(warpgroup < warpgroups)
         def _compute():

@@ -89,20 +89,16 @@ def flash_forward(
         def _fetch():
             plgpu.set_max_registers(key_walk.FETCH_REGISTERS, action="decrease")
 
-            def fetch_item(n, count):
-                head, keys = item(n)
-                for w in range(warpgroups):
-                    pl.when(n > 0)(lambda w=w: plgpu.barrier_wait(read_bar.at[w]))
-                    rows = pl.ds(keys.first_token(w), tiles.ROWS)
-                    copies = [(q_ref.at[keys.batch_id, rows, head], q_s.at[w])]
-                    if packed:
-                        copies.append((documents.start.at[keys.batch_id, rows], start_s.at[w]))
-                    key_walk.copy_all(copies, token_bar.at[w])
-                rings = [key_ring] if shared else [key_ring, value_ring]
-                kv_head = lax.div(head, jnp.int32(num_heads // num_kv_heads))
-                return keys.fetch(rings, kv_head, count)
+            def own_copies(keys, head, w):
+                rows = pl.ds(keys.first_token(w), tiles.ROWS)
+                copies = [(q_ref.at[keys.batch_id, rows, head], q_s.at[w])]
+                if packed:
+                    copies.append((documents.start.at[keys.batch_id, rows], start_s.at[w]))
+                return copies
 
-            lax.fori_loop(0, num_own, fetch_item, jnp.int32(0))
+            rings = [key_ring] if shared else [key_ring, value_ring]
+            group = num_heads // num_kv_heads
+            key_walk.fetch_items(num_own, item, own_copies, rings, group, token_bar, read_bar)
 
         @pl.when(warpgroup < warpgroups)
         def _compute():

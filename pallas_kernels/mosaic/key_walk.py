@@ -180,7 +180,7 @@ class KeyWalk:
         full_end = lax.div(self.key_range.end_key(first), jnp.int32(self.width))
         return begin, full_begin, jnp.clip(full_end, full_begin, end), end
 
-    def fetch(self, rings: list["Ring"], kv_head: Any, count: Any = 0) -> Any:
+    def fetch(self, rings: list["Ring"], kv_head: Any, count: Any) -> Any:
         """Copies the tiles of the range to rings that had `count` before; returns the new count."""
         begin, end = self.range()
 
@@ -214,6 +214,37 @@ class KeyWalk:
 
     def _tiles(self, keys: Any) -> Any:
         return lax.div(keys + (self.width - 1), jnp.int32(self.width))
+
+
+def fetch_items(
+    num_items: Any,
+    item: Callable[[Any], tuple[Any, KeyWalk]],
+    copies: Callable[[KeyWalk, Any, int], list[tuple[Any, Any]]],
+    rings: list[Ring],
+    group: int,
+    token_bar: Any,
+    read_bar: Any,
+) -> None:
+    """Fetches for every item of a program what its warpgroups own, then its tiles of keys.
+
+    Args:
+      num_items: Of the program.
+      item: Of a number, the query head and the walk.
+      copies: Of a walk, a head and a warpgroup, what this one owns.
+      rings: Of keys and, where these are apart, of values.
+      group: Query heads of a key head.
+      token_bar: Barriers, one a warpgroup, at which its copies arrive.
+      read_bar: Barriers, one a warpgroup, at which it arrives when there is room for the next ones.
+    """
+
+    def fetch_item(n: Any, count: Any) -> Any:
+        head, keys = item(n)
+        for w in range(keys.warpgroups):
+            pl.when(n > 0)(functools.partial(plgpu.barrier_wait, read_bar.at[w]))
+            copy_all(copies(keys, head, w), token_bar.at[w])
+        return keys.fetch(rings, lax.div(head, jnp.int32(group)), count)
+
+    lax.fori_loop(0, num_items, fetch_item, jnp.int32(0))
 
 
 def copy_all(copies: list[tuple[Any, Any]], barrier: Any) -> None:
