@@ -18,7 +18,6 @@ from asa_jax.async_tls.index import Index
 from asa_jax.async_tls.selection import label_query, select_blocks, select_tokens, tokens_of
 from asa_jax.async_tls.settings import AsyncTLSConfig
 from pallas_kernels import double_sparsity as all_labels
-from pallas_kernels.async_tls_select_tokens.reference import Labels
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.token_lists import MAX_KEPT_BLOCKS, competing_blocks, list_best
 
@@ -76,7 +75,7 @@ def double_sparsity(
     See the module for arguments and result.
     """
     return all_labels.best_tokens(
-        label_query(query, channels), Labels(*index.labels), index.lengths, cfg.token_budget,
+        label_query(query, channels), index.labels, index.lengths, cfg.token_budget,
         cfg.block_size, scale, implementation=implementation,
     )  # fmt: skip
 

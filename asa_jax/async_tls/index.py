@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from asa_jax.async_tls.labels import Labels, make_labels
+from asa_jax.async_tls.labels import make_labels
+from pallas_kernels.async_tls_select_tokens.reference import Labels
 
 
 class Index(NamedTuple):
@@ -37,7 +38,7 @@ class Index(NamedTuple):
     @property
     def block_size(self) -> int:
         """Tokens of a block."""
-        return self.labels.scale.shape[2] // self.bounds.shape[2]
+        return self.labels.step.shape[2] // self.bounds.shape[2]
 
 
 def init_index(
@@ -75,7 +76,7 @@ def init_index(
         bounds=jnp.full(bounds, jnp.finfo(dtype).min, dtype),
         labels=Labels(
             codes=jnp.zeros((*tokens, num_channels // 2), jnp.uint8),
-            scale=jnp.zeros(tokens, jnp.float16),
+            step=jnp.zeros(tokens, jnp.float16),
             zero=jnp.zeros(tokens, jnp.float16),
         ),
         lengths=jnp.zeros(batch, jnp.int32),
@@ -99,7 +100,7 @@ def append(
     counts = jnp.full(key.shape[0], key.shape[1], jnp.int32) if counts is None else counts
     bounds = _raise_bounds(index.bounds, key, index.lengths, counts, index.block_size)
     labels = _write_labels(index.labels, make_labels(key, channels), index.lengths, counts)
-    return Index(bounds, labels, jnp.minimum(index.lengths + counts, labels.scale.shape[2]))
+    return Index(bounds, labels, jnp.minimum(index.lengths + counts, labels.step.shape[2]))
 
 
 def _raise_bounds(
@@ -122,9 +123,9 @@ def _raise_bounds(
 
 def _write_labels(labels: Labels, new: Labels, lengths: jax.Array, counts: jax.Array) -> Labels:
     """Writes labels over [B, T, K] behind the `lengths` tokens of labels over [B, K, S]."""
-    batch, size, _ = new.scale.shape
+    batch, size, _ = new.step.shape
     number = jnp.arange(size)
-    beyond = labels.scale.shape[2]  # where a write is dropped
+    beyond = labels.step.shape[2]  # where a write is dropped
     position = jnp.where(number < counts[:, None], lengths[:, None] + number, beyond)
     rows = jnp.arange(batch)[:, None]
     return jax.tree.map(lambda old, x: old.at[rows, :, position].set(x, mode="drop"), labels, new)

@@ -23,7 +23,6 @@ from asa_jax.async_tls.labels import take_channels
 from asa_jax.async_tls.settings import NEVER, AsyncTLSConfig
 from pallas_kernels.async_tls_select_blocks import async_tls_select_blocks
 from pallas_kernels.async_tls_select_tokens import async_tls_select_tokens
-from pallas_kernels.async_tls_select_tokens.reference import Labels
 from pallas_kernels.dispatch import Implementation
 
 
@@ -93,7 +92,7 @@ def select_tokens(
         slots; none twice, -1 for none.
     """
     return async_tls_select_tokens(
-        label_query(query, channels), Labels(*index.labels), blocks, index.lengths,
+        label_query(query, channels), index.labels, blocks, index.lengths,
         token_budget=cfg.token_budget, block_size=cfg.block_size, scale=scale, places=places,
         implementation=implementation,
     )  # fmt: skip

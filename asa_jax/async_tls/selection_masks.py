@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from asa_jax.async_tls.labels import label_scores, make_labels, take_channels
+from asa_jax.async_tls.labels import make_labels, take_channels
+from pallas_kernels.async_tls_select_tokens.reference import label_scores
 
 Decoder = Literal["full", "quest", "double_sparsity", "oracle_topk", "synchronous", "lagged"]
 _BITS = 32

@@ -13,7 +13,7 @@ class Labels(NamedTuple):
     """Labels of tokens: some channels of their keys in four bits, zero + step * code.
 
     Attributes:
-      codes: uint8 [B, K, S, r / 2].
+      codes: uint8 [B, K, S, r / 2], in byte j channel j, its low half, and channel j + r / 2.
       step: float16 [B, K, S].
       zero: float16 [B, K, S].
     """
@@ -68,10 +68,23 @@ def _weights(
     return jax.nn.softmax(scores, axis=-1, where=competes[:, :, None]).sum(2)
 
 
+def unpack(codes: jax.Array) -> jax.Array:
+    """Codes 0 .. 15 of bytes [..., r / 2]: uint8 [..., r]."""
+    return jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+
+
 def label_scores(query: jax.Array, labels: Labels) -> jax.Array:
-    """Scores [B, K, G, S] of queries [B, K, G, r] against labels over [B, K, S]."""
+    """Scores sum_c q_c (zero + step code_c), from the codes as they are.
+
+    Args:
+      query: [B, K, G, r], the channels of the labels.
+      labels: Over [B, K, S].
+
+    Returns:
+      float32 [B, K, G, S], float64 for queries of float64.
+    """
     sums = statistics_dtype(query.dtype)
-    codes = jnp.concatenate([labels.codes & 15, labels.codes >> 4], axis=-1).astype(query.dtype)
+    codes = unpack(labels.codes).astype(query.dtype)
     products = jnp.einsum("BKGR,BKSR->BKGS", query, codes, preferred_element_type=sums)
     step, zero = (x.astype(sums)[:, :, None] for x in (labels.step, labels.zero))
     return step * products + zero * query.astype(sums).sum(-1)[..., None]

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import strategies as st
 
 from asa_jax.async_tls.index import append, init_index
-from asa_jax.async_tls.labels import dequantise, label_scores, make_labels, take_channels
+from asa_jax.async_tls.labels import dequantise, make_labels, take_channels
 from pallas_kernels.async_tls_select_blocks.reference import block_scores
+from pallas_kernels.async_tls_select_tokens.reference import label_scores
 from tests.async_tls.cases import jit
 
 BLOCK, LENGTH, HEADS, GROUP, DIM, CHANNELS = 4, 24, 2, 3, 6, 4
@@ -122,7 +123,7 @@ def test_a_label_is_off_by_half_a_step_at_most(seed, exponent, offset, dtype):
     labels = jitted_labels(key, channels)
     true = np.asarray(take_channels(key, channels), np.float32)
     error = np.abs(np.asarray(jitted_dequantise(labels)) - true)
-    step = np.asarray(labels.scale, np.float32)[..., None]
+    step = np.asarray(labels.step, np.float32)[..., None]
     assert np.all(error <= step / 2 + 4 * 2.0**-24 * np.abs(true).max())
     # Rounding to float16 widens the step by little more than its own precision.
     spread = (true.max(-1) - true.min(-1))[..., None]
