@@ -130,7 +130,7 @@ def measure(
         if not missing:
             continue
         first = context.length - context.tail
-        cache = _read(runner, context.tokens[:first], context.length)
+        cache = read_densely(runner, context.tokens[:first], context.length)
         for one in missing:
             blocks = one.candidates * one.budget // options.settings.sizes.block_size
             budgets = Budgets(jnp.int32(one.budget), jnp.int32(blocks))
@@ -158,7 +158,7 @@ def passes(options: Options, context: Context) -> Iterator[Pass]:
                     yield Pass(decoder, budget, candidates)
 
 
-def _read(runner: Runner, tokens: np.ndarray, length: int) -> Any:
+def read_densely(runner: Runner, tokens: np.ndarray, length: int) -> Any:
     """The caches of one row, of `length` slots, after a text was read densely."""
     state = runner.empty(1, length)
     size = runner.chunk_size(len(tokens), length)

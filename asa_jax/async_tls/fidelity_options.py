@@ -76,9 +76,9 @@ def parse_options() -> Options:
     workdir = given_workdir()
     settings = given_config(read_run_config(workdir).model)
     block, tail = settings.sizes.block_size, given.tail_tokens
-    lengths = _multiples("lengths", given.lengths, block, 4 * block + tail)
-    budgets = _multiples("budgets", given.budgets, block, block)
-    (task_length,) = _multiples("task_length", [given.task_length], block, 8 * block)
+    lengths = multiples("lengths", given.lengths, block, 4 * block + tail)
+    budgets = multiples("budgets", given.budgets, block, block)
+    (task_length,) = multiples("task_length", [given.task_length], block, 8 * block)
     if not given.text:
         raise ConfigError("--text: missing; give text files to measure perplexity on")
     channels = Path(given.channels).expanduser() if given.channels else channels_file(workdir)
@@ -92,12 +92,12 @@ def parse_options() -> Options:
         filler=Path(given.filler).expanduser(),
         lengths=lengths,
         budgets=budgets,
-        candidates=_multiples("candidates", given.candidates, 1, 1),
+        candidates=multiples("candidates", given.candidates, 1, 1),
         num_contexts=_num_contexts(given.num_contexts, len(lengths)),
         tail_tokens=tail,
         task_length=task_length,
         num_samples=given.num_samples,
-        output=_prefix(given.output or str(workdir / "async_tls_fidelity")),
+        output=prefix(given.output or str(workdir / "async_tls_fidelity")),
     )
 
 
@@ -119,7 +119,7 @@ def _define_flags() -> None:
 
 
 def _num_contexts(given: list[object], num_lengths: int) -> tuple[int, ...]:
-    numbers = _multiples("num_contexts", given, 1, 1)
+    numbers = multiples("num_contexts", given, 1, 1)
     if len(numbers) not in (1, num_lengths):
         raise ConfigError(
             f"--num_contexts={','.join(map(str, given))}: must be one number, or one for each of "
@@ -128,7 +128,7 @@ def _num_contexts(given: list[object], num_lengths: int) -> tuple[int, ...]:
     return numbers if len(numbers) == num_lengths else numbers * num_lengths
 
 
-def _multiples(flag: str, given: list[object], multiple: int, least: int) -> tuple[int, ...]:
+def multiples(flag: str, given: list[object], multiple: int, least: int) -> tuple[int, ...]:
     text = f"--{flag}={','.join(map(str, given))}"
     try:
         numbers = tuple(int(str(number)) for number in given)
@@ -141,7 +141,7 @@ def _multiples(flag: str, given: list[object], multiple: int, least: int) -> tup
     return numbers
 
 
-def _prefix(text: str) -> Path:
+def prefix(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--output={text}: must lie in a folder that exists")

@@ -8,7 +8,7 @@ that is one step late cannot have. Tasks: questions about what was hidden (evalu
 import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from asa_jax.async_tls.fidelity_options import Options
 from asa_jax.errors import DataError
 from asa_jax.evaluation import retrieval
-from asa_jax.evaluation.perplexity import choose_windows, text_sources
+from asa_jax.evaluation.perplexity import Source, choose_windows, text_sources
 from asa_jax.evaluation.samples import Sample
 
 TEXT, JUMPS = "text", "jumps"
@@ -67,16 +67,28 @@ def make_contexts(options: Options) -> list[Context]:
         DataError: a text is too short.
     """
     sizes = zip(options.lengths, options.num_contexts, strict=True)
-    by_length = [list(_pieces(options, length, number)) for length, number in sizes]
+    sources = text_sources(options.text, options.tokenizer)
+    by_length = [
+        list(pieces(sources, length, number, options.tail_tokens)) for length, number in sizes
+    ]
     jumps = [_with_jumps(pieces[0]) for pieces in by_length[-2:-1] or by_length[:1]]
     tasks = [list(_task_contexts(options, name)) for name in TASKS]
     columns = [*by_length, jumps, *tasks]
     return [one for row in itertools.zip_longest(*columns) for one in row if one is not None]
 
 
-def _pieces(options: Options, length: int, count: int) -> Iterator[Context]:
-    """Pieces of the texts in turn, evenly spread over each."""
-    sources = text_sources(options.text, options.tokenizer)
+def pieces(sources: Sequence[Source], length: int, count: int, tail: int) -> Iterator[Context]:
+    """Pieces of texts in turn, evenly spread over each.
+
+    Args:
+        sources: the texts.
+        length: tokens of a piece but for the last, which is only predicted.
+        count: of them.
+        tail: tokens that are decoded, the last ones.
+
+    Raises:
+        DataError: a text is too short.
+    """
     of_source = []
     for source in sources:
         windows = choose_windows(source.parts, length, sys.maxsize)
@@ -88,7 +100,7 @@ def _pieces(options: Options, length: int, count: int) -> Iterator[Context]:
     in_turn = [one for row in itertools.zip_longest(*of_source) for one in row if one is not None]
     for number, (source, window) in enumerate(in_turn[:count]):
         tokens = source.parts[window.part].read(window.start, window.tokens)
-        yield Context(TEXT, number, tokens, options.tail_tokens, ())
+        yield Context(TEXT, number, tokens, tail, ())
 
 
 def _with_jumps(piece: Context) -> Context:

@@ -68,6 +68,8 @@ class OffloadedModel:
         backend_line: which back end moves blocks, and why, for people.
     """
 
+    _engine_type: type[Engine] = Engine
+
     def __init__(
         self,
         cfg: ModelConfig,
@@ -173,7 +175,7 @@ class OffloadedModel:
         sizes, (batch, length, heads, _) = self._settings.sizes, key.shape
         blocks = length // sizes.block_size
         backend = self._new_backend(batch * heads, blocks, key.dtype)
-        engine = Engine(sizes, batch, heads, blocks, backend)
+        engine = self._engine_type(sizes, batch, heads, blocks, backend)
         self._backends.append(backend)
         self._engines.append(engine)
         return OffloadedLayer(

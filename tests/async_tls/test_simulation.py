@@ -38,7 +38,7 @@ def test_what_was_drawn_is_what_the_simulation_finds_most_likely(kind, decoder, 
     simulation = Simulation(runner.cfg, runner.params, channels, block_size=4, num_dense_layers=1)
     budgets = Budgets(jnp.int32(SMALL["token_budget"]), jnp.int32(SMALL["num_blocks"]))
     for prompt, more in zip(PROMPTS, tokens, strict=True):
-        cache = fidelity._read(one.runner, np.array(prompt), 64)
+        cache = fidelity.read_densely(one.runner, np.array(prompt), 64)
         scores = simulation.score(cache, more, len(prompt), simulated, budgets)
         assert np.asarray(scores.correct).all() and len(scores.nll) == TOKENS - 1
         dense = simulation.score(cache, more, len(prompt), "full", budgets)
