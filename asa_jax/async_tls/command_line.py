@@ -10,8 +10,6 @@ from ml_collections import ConfigDict, config_flags
 from asa_jax.async_tls.settings import DEFAULTS, SECTION, DecodingConfig, decoding_config
 from asa_jax.config import ModelConfig
 from asa_jax.flags import check_field
-from asa_jax.run_flags import given_files as given_files
-from asa_jax.run_flags import given_workdir as given_workdir
 
 CHANNELS_FILE = "async_tls_channels.safetensors"
 

@@ -9,8 +9,6 @@ from asa_jax.async_tls.command_line import (
     channels_file,
     define_config_flag,
     given_config,
-    given_files,
-    given_workdir,
 )
 from asa_jax.async_tls.settings import DecodingConfig
 from asa_jax.config_evaluation import MAX_EVALUATION_TOKENS
@@ -19,6 +17,7 @@ from asa_jax.errors import ConfigError
 from asa_jax.evaluation.options import DEFAULT_FILLER
 from asa_jax.flags import parse_arguments
 from asa_jax.launch import refuse_many_processes
+from asa_jax.run_flags import given_files, given_workdir
 from asa_jax.trained_run import load_run_tokenizer, read_run_config
 
 

@@ -9,8 +9,6 @@ from asa_jax.async_tls.command_line import (
     channels_file,
     define_config_flag,
     given_config,
-    given_files,
-    given_workdir,
 )
 from asa_jax.async_tls.fidelity_options import multiples, prefix
 from asa_jax.async_tls.settings import NUM_ALWAYS_KEPT, DecodingConfig
@@ -18,6 +16,7 @@ from asa_jax.data.tokenizer import Tokenizer
 from asa_jax.errors import ConfigError
 from asa_jax.flags import parse_arguments
 from asa_jax.launch import refuse_many_processes
+from asa_jax.run_flags import given_files, given_workdir
 from asa_jax.trained_run import load_run_tokenizer, read_run_config
 
 # In front of the steps that are counted: pools start empty. As many as the speed benchmark takes.
