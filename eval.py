@@ -56,6 +56,7 @@ def main(options: Options) -> None:
     scorer = Scorer(config, params, options.tokenizer, mesh)
     generator = Generator(config, params, options.tokenizer, mesh)
     jobs = plan(options, config, scorer, generator)
+    options.output.mkdir(parents=True, exist_ok=True)  # fails now, not after hours of measuring
 
     results: list[Result] = []
     try:

@@ -13,7 +13,6 @@ at once:
 """
 
 import difflib
-import errno
 import logging
 import os
 import re
@@ -27,15 +26,10 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from asa_jax.config import Config, config_from_dict
-from asa_jax.errors import ConfigError, UserError
+from asa_jax.errors import ConfigError, UserError, describe_os_error, in_one_line
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
-
-# Failures of the machine, not of the program: told in one line.
-_MACHINE_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS
-)  # fmt: skip
 
 
 def parse_run_flags() -> tuple[Config, Path]:
@@ -99,7 +93,7 @@ def exit_on_error[T](parse: Callable[[], T]) -> T:
     except UserError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except OSError as error:
-        sys.exit(_fail(_describe(error), 1))
+        sys.exit(_fail(describe_os_error(error), 1))
     except Exception as error:
         # Config files run as code and absl wraps their tracebacks; the last line is the reason.
         lines = str(error).strip().splitlines() or [repr(error)]
@@ -130,16 +124,12 @@ def run_command(
 def _guarded(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
-    except UserError as error:
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
     except BrokenPipeError:
         _discard_output()
         return 1
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
-            return _fail(_describe(error), 1)
+    except (Exception, KeyboardInterrupt) as error:
+        if told := in_one_line(error):
+            return _fail(*told)
         # Printed here, because at a normal exit jax would wait for processes that may be gone.
         traceback.print_exc()
         return 1
@@ -153,10 +143,6 @@ def _print_unraisable(unraisable: Any) -> None:
 def _fail(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code
-
-
-def _describe(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def _discard_output() -> None:

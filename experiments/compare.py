@@ -24,8 +24,10 @@ if __name__ == "__main__":
     ENVIRONMENT = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"
 
+from asa_jax.data.shard_writer import locked
 from asa_jax.errors import ConfigError, exit_on_user_error
 from asa_jax.flags import PROJECT
+from asa_jax.run_flags import check_file
 from experiments.grid import Grid, load_grid
 from experiments.results import write_grid
 from experiments.runner import Runner, make_slots
@@ -58,19 +60,28 @@ def run(options: argparse.Namespace, environment: dict[str, str]) -> int:
     deadline = None
     if options.time_limit_s is not None:
         deadline = time.monotonic() + options.time_limit_s
-    grid = load_grid(options.grid)
-    if options.choices:
-        grid = dataclasses.replace(grid, choices=tuple(options.choices.split(",")))
+    grid = _read_grid(options)
     models = options.arms.split(",") if options.arms else None
     for model in models or ():
         if model not in grid.seeds:
             raise ConfigError(f"--arms: '{model}' must be one of {', '.join(grid.seeds)}")
     seeds = _read_seeds(options.seeds, grid)
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(output.absolute() / "compiled"))
-    write_grid(output, grid)
     slots = make_slots([gpu for gpu in options.gpu.split(",") if gpu])
-    stages = make_stages(grid, output, models, seeds)
-    return Runner(stages, output, slots, environment, deadline).run()
+    with locked(output):
+        write_grid(output, grid)
+        stages = make_stages(grid, output, models, seeds)
+        return Runner(stages, output, slots, environment, deadline).run()
+
+
+def _read_grid(options: argparse.Namespace) -> Grid:
+    grid = load_grid(options.grid)
+    if not options.choices:
+        return grid
+    files = tuple(options.choices.split(","))
+    for file in files:
+        check_file("choices", Path(file))
+    return dataclasses.replace(grid, choices=files)
 
 
 def _read_seeds(text: str | None, grid: Grid) -> list[int] | None:

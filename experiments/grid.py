@@ -102,8 +102,9 @@ def load_grid(path: Path) -> Grid:
         raise ConfigError(f"--grid={path}: no such file")
     try:
         grid = runpy.run_path(str(path)).get("GRID")
-    except ConfigError as error:
-        raise ConfigError(f"--grid={path}: {error}") from None
+    except Exception as error:  # the file runs as code
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        raise ConfigError(f"--grid={path}: {kind}{error}") from None
     if not isinstance(grid, Grid):
         raise ConfigError(f"--grid={path}: does not set GRID to a Grid")
     return grid

@@ -31,6 +31,7 @@ from pallas_kernels.measurement import (
     markdown_table,
     measure_in_turn,
     report,
+    run_benchmark,
     time_kernels,
 )
 
@@ -194,4 +195,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_benchmark(main)

@@ -22,6 +22,7 @@ from pallas_kernels.measurement import (
     markdown_table,
     measure_in_turn,
     report,
+    run_benchmark,
     time_kernels,
 )
 
@@ -161,4 +162,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_benchmark(main)

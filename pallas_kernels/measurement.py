@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pallas_kernels import dispatch
 
@@ -191,6 +191,18 @@ def report(
         if plot is not None:
             plot(records, about, path.with_suffix(".png"))
     return int(any("error" in record for record in records))
+
+
+def run_benchmark(main: Callable[[], int]) -> NoReturn:
+    """Runs a benchmark and exits with its code; Ctrl-C or an unwritable file is one line."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def choose_names(

@@ -130,6 +130,7 @@ def test_help_is_no_error():
         ("raise KeyboardInterrupt", 130, "error: interrupted\n"),
         ("raise OSError(13, 'Permission denied', 'f')", 1, "error: f: Permission denied\n"),
         ("raise OSError(28, 'No space left on device', 'f')", 1, "error: f: No space left"),
+        ("open('no/such/file', 'w')", 1, "error: no/such/file: No such file or directory\n"),
     ],
 )
 def test_errors_of_a_command(body, code, message):

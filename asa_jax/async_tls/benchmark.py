@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from asa_jax.async_tls.settings import BACKENDS, DEFAULTS
+from asa_jax.flags import run_command
 from pallas_kernels.measurement import (
     Measurement,
     check_numbers,
@@ -178,4 +179,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from asa_jax.decoding.benchmark_table import markdown, plot
+from asa_jax.flags import run_command
 from pallas_kernels.benchmark_floors import HBM_BYTES_PER_SECOND
 from pallas_kernels.measurement import (
     Measurement,
@@ -117,4 +118,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from asa_jax.flags import run_command
 from pallas_kernels.measurement import (
     Measurement,
     choose_names,
@@ -208,4 +209,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

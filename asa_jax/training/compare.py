@@ -108,14 +108,14 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
     console.print(table)
 
 
+@exit_on_user_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m asa_jax.training.compare")
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--output", type=Path, help="writes OUTPUT.json and OUTPUT.png")
     options = parser.parse_args(arguments)
-    with exit_on_user_error():
-        runs = [summarise(run) for run in options.runs]
+    runs = [summarise(run) for run in options.runs]
     show(runs)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

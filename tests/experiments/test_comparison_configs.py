@@ -83,6 +83,8 @@ def test_the_main_grid_is_that_of_the_issue() -> None:
             "            learning_rates=(1,), evaluation={}, copying={})",
             "seeds: of 'a' must be different",
         ),
+        ("GRID = (", "grid.py: SyntaxError: '\\(' was never closed"),
+        ("from experiments.grid import Grid\nGRID = Grid(config='c')", "missing 7 required"),
     ],
 )
 def test_a_bad_grid_is_one_line(tmp_path: Path, text: str | None, message: str) -> None:

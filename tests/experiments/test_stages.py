@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from asa_jax.data.shard_writer import locked
+from asa_jax.errors import ConfigError, DataError
 from asa_jax.flags import PROJECT
+from experiments import compare
 from experiments.grid import Grid, load_grid
 from experiments.results import read_result, write_result
 from experiments.runner import Runner, make_slots
@@ -126,3 +129,16 @@ def test_a_last_checkpoint_without_its_evaluation_is_dropped(tmp_path, evaluated
     (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     stage.command()
     assert {folder.name for folder in (workdir / "checkpoints").iterdir()} == kept
+
+
+def test_a_comparison_is_worked_on_by_one_process(tmp_path):
+    options = compare.parse([f"--grid={GRIDS / 'smoke.py'}", f"--output={tmp_path}"])
+    with locked(tmp_path), pytest.raises(DataError, match="another process is writing to it"):
+        compare.run(options, {})
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_file_of_choices_that_is_not_there_is_found_before_any_work(tmp_path):
+    flags = [f"--grid={GRIDS / 'smoke.py'}", f"--output={tmp_path}", "--choices=no.jsonl"]
+    with pytest.raises(ConfigError, match=r"--choices=no\.jsonl: no such file"):
+        compare.run(compare.parse(flags), {})
