@@ -23,7 +23,7 @@ import numpy as np
 from asa_jax.config import MeshConfig
 from asa_jax.data.shards import open_token_folder
 from asa_jax.data.tokenizer import Tokenizer
-from asa_jax.errors import DataError, exit_on_user_error
+from asa_jax.errors import ConfigError, DataError, exit_on_user_error
 from asa_jax.evaluation.perplexity import choose_windows
 from asa_jax.evaluation.results import standard_error
 from asa_jax.evaluation.scorer import Scorer, TokenScores
@@ -157,6 +157,8 @@ def _record(bound: tuple[int, int] | None, group: Sequence[Measured]) -> dict[st
 
 def run(options: argparse.Namespace) -> None:
     """Restores the run, measures and writes the records."""
+    if options.length < 1 or options.windows < 1:
+        raise ConfigError("--length and --windows: must be positive")
     use_compilation_cache()
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1, tensor=1, context=1))
     config, params, step = restore_model(options.workdir, mesh)

@@ -8,6 +8,7 @@ once for several of them.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ from asa_jax.config import MeshConfig, ModelConfig
 from asa_jax.data.shards import open_token_folder
 from asa_jax.decoding.steps import empty_state, read_chunk
 from asa_jax.errors import ConfigError, DataError, exit_on_user_error
-from asa_jax.evaluation.perplexity import choose_windows
 from asa_jax.interop.restore import restore_model
 from asa_jax.model.transformer import abstract_model
 from asa_jax.sharding import make_mesh
@@ -119,13 +119,8 @@ def run(options: argparse.Namespace) -> None:
     print(dispatch.describe(cfg.implementation), file=sys.stderr)
     records = []
     for source in config.data.sources:
-        parts = open_token_folder(source).split("validation")
-        windows = choose_windows(parts, options.length - 1, options.windows * options.length)
-        tokens = [parts[w.part].read(w.start, w.tokens) for w in windows]
-        tokens = [window for window in tokens if window.size == options.length]
-        if not tokens:
-            raise DataError(f"{source}: no validation document has {options.length} tokens")
-        lists = read_lists(cfg, params, np.stack(tokens).astype(np.int32))
+        tokens = read_windows(source, options.length, options.windows)
+        lists = read_lists(cfg, params, tokens)
         start = options.length - DECODED_TOKENS
         layers = [describe_lists(lists[:, i], cfg, start) for i in range(lists.shape[1])]
         records.append({"source": source, "windows": len(tokens), "layers": layers})
@@ -140,6 +135,33 @@ def run(options: argparse.Namespace) -> None:
     options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def read_windows(source: str, length: int, most: int) -> np.ndarray:
+    """Whole windows of held-out documents, evenly spread.
+
+    Args:
+        source: token folder.
+        length: tokens of a window.
+        most: windows, at most.
+
+    Returns:
+        int32 [windows, length].
+
+    Raises:
+        DataError: no document is long enough.
+    """
+    parts = open_token_folder(source).split("validation")
+    places = [
+        (documents, start)
+        for documents in parts
+        for first, stop in itertools.pairwise(documents.offsets)
+        for start in range(first, stop - length + 1, length)
+    ]
+    if not places:
+        raise DataError(f"{source}: no validation document has {length} tokens")
+    chosen = np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)
+    return np.stack([places[i][0].read(places[i][1], length) for i in chosen]).astype(np.int32)
+
+
 def _check(options: argparse.Namespace, cfg: ModelConfig) -> None:
     selects = "global" in cfg.layer_kinds or (
         "nsa" in cfg.layer_kinds and "selection" in cfg.nsa_branches
@@ -151,6 +173,8 @@ def _check(options: argparse.Namespace, cfg: ModelConfig) -> None:
         raise ConfigError(
             f"--length={options.length}: must be a multiple of {multiple} above {DECODED_TOKENS}"
         )
+    if options.windows < 1:
+        raise ConfigError(f"--windows={options.windows}: must be positive")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from asa_jax.data.shards import open_token_folder
 from asa_jax.data.tokenizer import load_tokenizer
 from asa_jax.evaluation.scorer import TokenScores
 from asa_jax.flags import PROJECT
-from experiments import tasks
+from experiments import copying, tasks
 from experiments.copying import Measured, Occurrence, find_occurrences, measure, summarise
 
 TEXTS = [" ", "foo", "_bar", "_baz", ";", " dev", "a", "_b", "return", "x"]
@@ -105,3 +105,10 @@ def test_an_unknown_task_is_one_line(tokens, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tasks.main([f"--tokens={tokens}", "--tasks=needles", f"--output={tmp_path}"])
     assert "--tasks: 'needles' must be of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--length=0", "--windows=0"])
+def test_copying_of_nothing_is_one_line(flag, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        copying.main([f"--workdir={tmp_path}", f"--output={tmp_path}/copying.json", flag])
+    assert capsys.readouterr().err == "error: --length and --windows: must be positive\n"

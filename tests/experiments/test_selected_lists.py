@@ -3,9 +3,16 @@
 import numpy as np
 import pytest
 
-from asa_jax.errors import ConfigError
+from asa_jax.data import prepare
+from asa_jax.errors import ConfigError, DataError
 from experiments import selection
-from experiments.selection import DECODED_TOKENS, NEIGHBOURS, describe_lists, read_lists
+from experiments.selection import (
+    DECODED_TOKENS,
+    NEIGHBOURS,
+    describe_lists,
+    read_lists,
+    read_windows,
+)
 from tests.models import random_params, tiny_model_config
 
 
@@ -44,10 +51,25 @@ def test_lists_hold_the_first_and_the_own_block(kinds, scan):
     assert np.all(lists <= own)
 
 
+def test_windows_are_whole_and_evenly_spread(tmp_path):
+    (tmp_path / "train.txt").write_text("x")
+    (tmp_path / "held_out.txt").write_text("".join(map(chr, range(33, 83))))
+    arguments = ["--tokenizer=bytes", f"--output={tmp_path}", f"--input={tmp_path}/train.txt"]
+    prepare.main([*arguments, f"--validation-input={tmp_path}/held_out.txt"])
+    windows = read_windows(str(tmp_path), length=16, most=2)
+    assert [bytes(window.tolist()).decode()[0] for window in windows] == [chr(33), chr(65)]
+    assert read_windows(str(tmp_path), length=16, most=9).shape == (3, 16)
+    with pytest.raises(DataError, match="no validation document has 64 tokens"):
+        read_windows(str(tmp_path), length=64, most=1)
+
+
 def test_a_model_without_lists_is_one_line():
-    options = type("Options", (), {"workdir": "runs/x", "length": 512})
+    options = type("Options", (), {"workdir": "runs/x", "length": 512, "windows": 0})
     with pytest.raises(ConfigError, match="--workdir=runs/x: its layers select no blocks"):
         selection._check(options, tiny_model_config(("full", "full")))
     options.length = DECODED_TOKENS
     with pytest.raises(ConfigError, match="--length=256: must be a multiple of"):
+        selection._check(options, tiny_model_config(("local", "global")))
+    options.length = 2 * DECODED_TOKENS
+    with pytest.raises(ConfigError, match="--windows=0: must be positive"):
         selection._check(options, tiny_model_config(("local", "global")))
