@@ -50,7 +50,7 @@ def parse_config_flag() -> Config:
     """
     config = parse_optional_config_flag()
     if config is None:
-        names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.py")))
+        names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.py") if _is_config(path)))
         raise ConfigError(f"--config: missing; give --config=configs/NAME.py, one of {names}")
     return config
 
@@ -181,11 +181,17 @@ class _ProjectConfigs(flags.ArgumentParser[Any]):
             raise ConfigError(f"--config={name}: must lie in {CONFIGS}")
         if not file.is_file():
             raise ConfigError(f"--config={name}: no such file in {CONFIGS}")
+        if not _is_config(file):
+            raise ConfigError(f"--config={name}: has no get_config")
         values = self._loader.parse(f"{file}{colon}{arm}")
         for argument in sys.argv:
             if field := re.match(r"--?(?:no)?config\.([^=]*)", argument):
                 check_field(values, field[1])
         return values
+
+
+def _is_config(file: Path) -> bool:
+    return "get_config" in file.read_text(errors="replace")
 
 
 def check_field(values: ConfigDict, field: str) -> None:

@@ -44,6 +44,7 @@ def _parse(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
         (["--config=/etc/passwd"], "must lie in"),
         (["--config=configs/../train.py"], "must lie in"),
         (["--config=configs/tiny.py:none"], "arm 'none'"),
+        (["--config=configs/arms.py"], "has no get_config"),
         (["--config=configs/base.py:none"], "get_config() takes 0 positional arguments"),
         ([CONFIG], "--workdir: missing"),
         ([CONFIG, "--workdir=train.py"], "--workdir=train.py: is not a directory"),

@@ -74,6 +74,8 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     found: set[Path] = set()
     for pattern in patterns:
         matches = [path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()]
+        if Path(pattern).is_dir():
+            raise DataError(f"{pattern}: is a folder; name its files, as '{Path(pattern)}/*.txt'")
         if not matches:
             raise DataError(f"{pattern}: no such file")
         found.update(matches)

@@ -322,6 +322,8 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     with pytest.raises(DataError, match=r"nowhere/\*\.txt: no such file"):
         run(tmp_path / "out", tmp_path / "nowhere" / "*.txt")
+    with pytest.raises(DataError, match=f"{tmp_path}: is a folder"):
+        run(tmp_path / "out", tmp_path)
     with pytest.raises(ConfigError, match=r"--validation-fraction 1\.5: must be in \[0, 1\)"):
         run(tmp_path / "out", source, validation_fraction=1.5)
     with pytest.raises(ConfigError, match="--shard-tokens 0: must be positive"):
