@@ -91,7 +91,10 @@ def validation_sources(folders: Sequence[str], tokenizer: Tokenizer) -> list[Sou
     """
     sources = []
     for path in folders:
-        folder = open_token_folder(path)
+        try:
+            folder = open_token_folder(path)
+        except DataError as error:
+            raise DataError(f"{error}; or give a text with --text") from None
         if folder.tokenizer_fingerprint != tokenizer.fingerprint:
             raise ConfigError(f"{path}: was prepared with another tokenizer than the run's")
         if folder.total("validation", "documents"):
