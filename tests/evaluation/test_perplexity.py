@@ -132,7 +132,7 @@ def test_the_validation_split_is_read_from_the_token_folder(tmp_path, oracle, ma
     assert result.bits_per_byte == 0
     with pytest.raises(DataError, match="no validation documents; give a text with --text"):
         validation_sources([second], oracle.tokenizer)
-    with pytest.raises(DataError, match="none: no manifest.json.*; or give a text with --text"):
+    with pytest.raises(DataError, match=r"none: no manifest\.json.*; or give a text with --text"):
         validation_sources([f"{second}/none"], oracle.tokenizer)
 
 
