@@ -180,7 +180,9 @@ def _bring(
     if token is not None:
         (slot,) = slots_of(slots, tails[:, None]).T
         place = rows, slot, (lengths - 1) % block_size
-        pool = pool._replace(blocks=pool.blocks.at[place].set(token.astype(pool.blocks.dtype)))
+        written = pool.blocks.at[place].set(token.astype(pool.blocks.dtype))
+        # Without the barrier XLA for the CPU copies a pool of one row, which `exchange` refuses.
+        pool = pool._replace(blocks=jax.lax.optimization_barrier(written))
         full = lengths % block_size == 0
         stored = (slots.block_of == tails[:, None]) & full[:, None]
         moves = jnp.where(stored, TO_HOST - first - tails[:, None], moves)

@@ -46,8 +46,8 @@ def generator(kind, decoder, **fields):
     return Generator(config, params, ByteTokenizer(), chunk_tokens=64, runner=runner)
 
 
-def drawn(generator):
-    parts = generator.stream_tokens(PROMPTS, max_tokens=TOKENS, sampling=Sampling(0.0))
+def drawn(generator, prompts=PROMPTS):
+    parts = generator.stream_tokens(prompts, max_tokens=TOKENS, sampling=Sampling(0.0))
     return np.concatenate(list(parts), axis=1)
 
 
@@ -84,6 +84,17 @@ def test_both_forms_by_every_back_end(kind, lagged):
     assert (texts[0] != drawn(generator(kind, "full"))).any()
     assert all(one.runner.figures.counters.misses > 0 for one in made)
     assert made[0].runner.backend_line == f"async_tls: back end {every[0]}"
+
+
+def test_a_pool_of_one_row_stays_where_it_is():
+    """Of one text with one key head: XLA made a copy of such a pool."""
+    if not can_gather():
+        pytest.skip("needs a compiler")
+    by_host, by_device = (
+        drawn(generator("mla", "async_tls", **SMALL, backend=backend), PROMPTS[:1])
+        for backend in ("simulated", "ffi_gather")
+    )
+    np.testing.assert_array_equal(by_device, by_host)
 
 
 def test_layers_of_other_kinds_and_wrong_sizes_are_refused():
