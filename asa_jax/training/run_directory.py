@@ -139,12 +139,13 @@ def open_run(workdir: Path, config: Config, *, allow_changes: bool) -> TextIO:
 
     Raises:
         CheckpointError: another trainer works there.
-        ConfigError: the run has checkpoints of a configuration that differs.
+        ConfigError: the run has checkpoints of a configuration that differs, or of later steps.
     """
     (workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     lock = _lock(workdir / LOCK)
     if not allow_changes:
         _refuse_other_config(workdir, config)
+    _refuse_fewer_steps(workdir, config.training.steps)
     _write_json(workdir / CONFIG, config_to_dict(config))
     note_run(workdir, **{"began": time.time(), **run_notes(workdir)})
     return lock
@@ -175,6 +176,15 @@ def _refuse_other_config(workdir: Path, config: Config) -> None:
     before = _read_json(workdir / CONFIG)
     if before and _has_begun(workdir):
         refuse_changes(workdir, config_changes(before, config_to_dict(config)))
+
+
+def _refuse_fewer_steps(workdir: Path, steps: int) -> None:
+    saved = [int(f.name) for f in (workdir / CHECKPOINTS).iterdir() if f.name.isdecimal()]
+    if saved and steps < max(saved):
+        raise ConfigError(
+            f"config.training.steps = {steps}: {workdir} has a checkpoint of step {max(saved)}; "
+            "give as many steps at least, or another --workdir"
+        )
 
 
 def _has_begun(workdir: Path) -> bool:

@@ -122,6 +122,14 @@ def test_a_field_that_does_not_change_the_next_step_may_change(begun, make_confi
     _open(begun, make_config(**{field: value})).close()
 
 
+def test_a_run_cannot_be_made_shorter_than_it_is(begun, make_config):
+    before = (begun / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"config\.training\.steps = 9: .* of step 10; give"):
+        _open(begun, make_config(**{"training.steps": 9}), allow_changes=True)
+    assert (begun / "config.json").read_bytes() == before
+    _open(begun, make_config(**{"training.steps": 10})).close()
+
+
 def test_a_run_without_checkpoints_starts_with_any_configuration(tmp_path, make_config):
     _open(tmp_path, make_config()).close()
     _open(tmp_path, make_config(**{"model.mlp_size": 48})).close()
