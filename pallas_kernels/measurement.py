@@ -91,16 +91,22 @@ def time_kernels(module: str, *arguments: str) -> Measurement:
 def measure_in_turn(
     measurements: Sequence[Measurement], timeout_seconds: float
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yields the lines of each process, in order.
+    """Yields the lines of each process, in order; says on stderr where it is.
 
     Args:
       measurements: What was started.
       timeout_seconds: Until all have compiled, and again for each to measure.
     """
-    deadline = time.monotonic() + timeout_seconds
+    started, count = time.monotonic(), len(measurements)
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - started:4.0f} s: {what}", file=sys.stderr, flush=True)
+
+    say(f"{count} processes compile, for at most {timeout_seconds:g} s")
     for measurement in measurements:
-        measurement.wait_until_compiled(deadline)
-    for measurement in measurements:
+        measurement.wait_until_compiled(started + timeout_seconds)
+    for number, measurement in enumerate(measurements, 1):
+        say(f"process {number} of {count} measures")
         yield measurement.results(timeout_seconds)
 
 

@@ -10,6 +10,7 @@ when nothing changed, it says so.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -88,10 +89,10 @@ def _disk_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(
-            f"{output}: cannot be written ({error.strerror}); finished shards are kept, make room "
-            "and run the same command again"
-        ) from None
+        hint = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "; finished shards are kept, make room and run the same command again"
+        raise DataError(f"{output}: cannot be written ({error.strerror}){hint}") from None
 
 
 def _remove(output: Path) -> None:
