@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from asa_jax.errors import DataError
+from asa_jax.errors import ConfigError, DataError
 from experiments.grid import Grid
 
 RESULTS = "results"
 GRID = "grid.json"
+# Fields of a grid that say which results there are, and not how each is measured.
+WHICH = ("seeds", "baseline", "selecting", "continued", "choices", "by_stage")
 
 
 def result_path(output: Path, run: str, stage: str) -> Path:
@@ -38,8 +40,23 @@ def drop_result(output: Path, run: str, stage: str) -> bool:
 
 
 def write_grid(output: Path, grid: Grid) -> None:
-    """Writes what the results belong to."""
-    _write(output / RESULTS / GRID, dataclasses.asdict(grid))
+    """Writes what the results belong to.
+
+    Raises:
+        ConfigError: results that are there were measured in another way.
+    """
+    path = output / RESULTS / GRID
+    now = dataclasses.asdict(grid)
+    # Fields of grids from before they were there, and those of stages that were not measured, or
+    # no longer are, may be anything.
+    before = _read(path) if path.exists() and list(path.parent.glob("*/*.json")) else {}
+    for name, value in json.loads(json.dumps(now)).items():
+        if name not in WHICH and value and before.get(name) and before[name] != value:
+            raise ConfigError(
+                f"{name} of the grid is not that of the results in {path.parent}; choose another "
+                "--output, or move these away"
+            )
+    _write(path, now)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

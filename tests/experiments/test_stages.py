@@ -11,7 +11,7 @@ from asa_jax.errors import ConfigError, DataError
 from asa_jax.flags import PROJECT
 from experiments import compare
 from experiments.grid import Grid, load_grid
-from experiments.results import read_result, write_result
+from experiments.results import read_grid, read_result, write_grid, write_result
 from experiments.runner import Runner, make_slots
 from experiments.stages import Stage, learning_rate, make_stages
 
@@ -64,6 +64,18 @@ def test_a_measured_run_is_left_alone_on_a_new_machine(main_grid, tmp_path):
     # The other seeds begin with their training: the sweep is not repeated.
     later = make_stages(main_grid, tmp_path, ["45m/asa"], [1])
     assert next(s.name for s in later if read_result(tmp_path, *s.key) is None) == "train"
+
+
+def test_results_of_other_settings_are_refused(main_grid, tmp_path):
+    write_grid(tmp_path, main_grid)
+    longer = dataclasses.replace(main_grid, settings={"training.steps": 9})
+    write_grid(tmp_path, longer)  # nothing is measured yet
+    write_result(tmp_path, "45m_asa_s0", "train", {})
+    write_grid(tmp_path, dataclasses.replace(longer, by_stage=True, decode_lengths=()))
+    for name, value in (("settings", {"training.steps": 8}), ("learning_rates", (1e-3,))):
+        with pytest.raises(ConfigError, match=f"^{name} of the grid is not that of the results in"):
+            write_grid(tmp_path, dataclasses.replace(longer, **{name: value}))
+    assert read_grid(tmp_path)["by_stage"]
 
 
 def test_a_young_grid_takes_all_models_through_a_stage(tmp_path):
