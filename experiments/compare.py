@@ -59,6 +59,8 @@ def run(options: argparse.Namespace, environment: dict[str, str]) -> int:
     os.chdir(PROJECT)
     deadline = None
     if options.time_limit_s is not None:
+        if options.time_limit_s <= 0:
+            raise ConfigError(f"--time_limit_s={options.time_limit_s:g}: must be positive")
         deadline = time.monotonic() + options.time_limit_s
     grid = _read_grid(options)
     models = options.arms.split(",") if options.arms else None

@@ -88,6 +88,7 @@ def test_every_stage_through_a_kill(grid, tmp_path):
         (["--grid=no.py"], "--grid="),
         (["--grid=experiments/grids/smoke.py", "--arms=nsa"], "--arms: 'nsa' must be one of full"),
         (["--grid=experiments/grids/smoke.py", "--seeds=1"], "--seeds: '1' must be one of 0"),
+        (["--grid=experiments/grids/smoke.py", "--time_limit_s=0"], "--time_limit_s=0: must be"),
     ],
 )
 def test_wrong_flags_are_one_line(flags, message, tmp_path):
