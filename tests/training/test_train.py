@@ -151,7 +151,7 @@ def test_refuses_what_it_can_before_importing_jax(finished, train, tmp_path, mak
     assert (code, "config.model.vocab_size" in line) == (2, True)
     line, code = _refusal(train, PROJECT / "train.py" / "run")
     assert (code, "Not a directory" in line) == (1, True)
-    with open_run(workdir, make_config(), allow_changes=True):
+    with open_run(workdir, make_config(**{"training.steps": STEPS}), allow_changes=True):
         line, code = _refusal(train, workdir)
     assert (code, f"a trainer works here already (pid {os.getpid()}" in line) == (1, True)
 
